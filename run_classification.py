@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+"""Fine-tunes a pretrained audio model to classify emotion in speech, with transformers' Trainer.
+
+    accelerate launch run_classification.py recipes/demo.json
+    accelerate launch run_classification.py recipes/thorsten_wav2vec2.json --data_dir /data/thorsten --seed 2
+
+It trains, validates after each epoch, and tests the best model once, on speakers or sentences that it has not heard.
+The output folder then holds the model (for `pipeline("audio-classification")`), the results, a prediction for each
+test clip, the splits, figures, and the recipe that repeats the run.
+"""
+
+import logging
+
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
+
+from speech_emotion.arguments import parse_arguments
+from speech_emotion.augmentation import Augmentation
+from speech_emotion.batching import Collator, LengthBucketSampler, padding_share
+from speech_emotion.corpora import load_corpus
+from speech_emotion.errors import run_as_command
+from speech_emotion.features import build_extraction, prepare_splits
+from speech_emotion.metrics import compute_results, evaluate_logits, summarize
+from speech_emotion.modeling import build_model, wants_attention_mask
+from speech_emotion.optimization import OPTIMIZERS, build_loss, build_optimizer, build_scheduler
+from speech_emotion.report import draw_figures, format_results, write_history, write_json, write_predictions
+from speech_emotion.session import (
+    ProgressSentences,
+    describe_run,
+    find_checkpoint,
+    open_output_dir,
+    set_up_logging,
+    use_all_cores,
+    write_recipe,
+)
+from speech_emotion.splits import SPLITS_FILE, split_corpus, write_splits
+from speech_emotion.tracking import Tracker
+
+logger = logging.getLogger("run_classification")
+
+
+def main(argv=None):
+    # What is asked for; everything that can be wrong with it is said now.
+    arguments = parse_arguments(argv)
+    data, training = arguments.data, arguments.training
+    set_up_logging(arguments)
+    use_all_cores(arguments)
+    output_dir = open_output_dir(arguments)
+    checkpoint = find_checkpoint(arguments)
+    recipe = write_recipe(arguments, output_dir)
+
+    # Clips, and who of them is heard in training. One process downloads and prepares, the others wait for it.
+    with training.main_process_first(desc="loading the corpus"):
+        corpus = load_corpus(arguments)
+    split = split_corpus(corpus, data, training.seed if data.split_seed is None else data.split_seed)
+    label_names = split.clips.features["label"].names
+
+    # The model, and from it what a clip has to become.
+    model, feature_extractor, window_seconds = build_model(
+        arguments.model, label_names, data.max_length_seconds, training.seed
+    )
+    extraction = build_extraction(model, feature_extractor, window_seconds)
+    augmentation = Augmentation(data.augment_speed, data.augment_gain_db, data.augment_time_mask_seconds)
+    with training.main_process_first(desc="extracting features"):
+        prepared = prepare_splits(
+            split, extraction, bool(augmentation), data.on_bad_audio,
+            arguments.model.cache_dir, data.preprocessing_num_workers, data.overwrite_cache,
+        )  # fmt: skip
+
+    # Training: our batches, loss, optimizer and schedule in transformers' loop.
+    clips_per_step = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
+    sampler = LengthBucketSampler(prepared.train["length"], clips_per_step, training.seed, training.bucket_by_length)
+    train_labels = prepared.train["labels"][:]
+    trainer = EmotionTrainer(
+        sampler=sampler,
+        model=model,
+        args=training,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.validation,
+        processing_class=feature_extractor,
+        data_collator=Collator(extraction, wants_attention_mask(model.config), augmentation),
+        compute_loss_func=build_loss(
+            train_labels, len(label_names), training.class_weights, training.label_smoothing_factor
+        ),
+        compute_metrics=lambda p: compute_results(evaluate_logits(p.predictions, prepared.validation, label_names)),
+        # Some models also return hidden states, which nobody here needs to gather.
+        preprocess_logits_for_metrics=lambda logits, labels: logits[0] if isinstance(logits, tuple) else logits,
+    )
+    tracker = Tracker(training)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    for callback in (ProgressSentences(), *tracker.callbacks):
+        trainer.add_callback(callback)
+    if training.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
+    if trainer.is_world_process_zero():
+        write_splits(prepared.split, output_dir / SPLITS_FILE)
+        tracker.log_setup(recipe, prepared.split)
+    logger.info(describe_run(arguments, prepared, model, padding_share(sampler, training.train_batch_size)))
+    train_results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+
+    # The best model by validation is in place now. The test split is touched here, once.
+    trainer.save_model()
+    validation = evaluate_split(trainer, prepared.validation, label_names, "eval")
+    test = evaluate_split(trainer, prepared.test, label_names, "test")
+    eval_results = summarize(validation, prepared.split.clips, "eval")
+    test_results = summarize(test, prepared.split.clips, "test") | {"test_notes": prepared.split.notes}
+    if trainer.is_world_process_zero():
+        for name, results in (("train", train_results), ("eval", eval_results), ("test", test_results)):
+            write_json(output_dir / f"{name}_results.json", results)
+        write_json(output_dir / "all_results.json", train_results | eval_results | test_results)
+        write_predictions(test, prepared.split.clips, output_dir / "predictions.csv")
+        history = write_history(trainer.state.log_history, output_dir / "history.csv")
+        tracker.log_results(test_results, test, draw_figures(test, history, output_dir))
+        logger.info("\n" + format_results(test_results, "test", prepared.split.notes))
+        logger.info(f"\nThe model and all results are in {output_dir}.")
+    tracker.end()
+    return train_results | eval_results | test_results
+
+
+class EmotionTrainer(Trainer):
+    """Trainer with the sampler, optimizer and schedule that the hand-written loop uses too."""
+
+    def __init__(self, sampler, **kwargs):
+        super().__init__(**kwargs)
+        self.sampler = sampler
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.sampler
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None and self.args.optim in OPTIMIZERS:
+            self.optimizer = build_optimizer(self.model if model is None else model, self.args)
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_scheduler(optimizer or self.optimizer, self.args, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def evaluate_split(trainer, table, label_names, prefix):
+    """Returns the model's answer for each clip of a split."""
+    trainer.compute_metrics = None  # the results with their intervals are computed from the logits
+    return evaluate_logits(trainer.predict(table, metric_key_prefix=prefix).predictions, table, label_names)
+
+
+if __name__ == "__main__":
+    run_as_command(main)

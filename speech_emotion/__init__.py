@@ -1,0 +1,1 @@
+"""Fine-tuning recipes for speech emotion classifiers: everything that both training scripts share."""

@@ -1,0 +1,519 @@
+"""A recipe and the command line become three typed dataclasses; whatever is wrong with them is said in one line.
+
+    run_classification.py recipes/demo.json --learning_rate 1e-4
+
+A recipe is one flat JSON object. Its values come first, then the flags. Both are read by the same parser, so that a
+key means the same in either place.
+"""
+
+import difflib
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from speech_emotion.errors import UserError
+
+RECIPE_FILE = "recipe.json"
+RUN_FILE = "run.json"
+LIBRARIES = ("torch", "torchaudio", "transformers", "datasets", "evaluate", "accelerate", "comet-ml", "soundfile")
+
+# A secret in a recipe ends in a commit, one on the command line in the shell's history, in `ps` and in trackers.
+SECRET_KEYS = {
+    "hub_token": "HF_TOKEN",
+    "push_to_hub_token": "HF_TOKEN",
+    "token": "HF_TOKEN",
+    "comet_api_key": "COMET_API_KEY",
+    "wandb_api_key": "WANDB_API_KEY",
+}
+
+# Schedules of torch.optim that transformers does not have; see optimization.py.
+TORCH_SCHEDULES = ("step", "multi_step", "exponential", "one_cycle")
+
+
+@dataclass
+class ModelArguments:
+    """Which pretrained model, and how much of it is trained."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of a pretrained model. Without it, config_name trains from scratch."},
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Hub id, folder or JSON file of a configuration, if not the model's own."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Changes to the model's configuration, as in 'hidden_dropout=0.0,use_weighted_layer_sum=true'."},
+    )
+    feature_extractor_name: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a feature extractor, if not the model's own."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where downloads and prepared features are kept; by default the Hub's cache."}
+    )
+    freeze: Literal["none", "feature_encoder", "backbone"] = field(
+        default="none",
+        metadata={
+            "help": "What stays as it was pretrained: nothing, the convolutional feature encoder (wav2vec2 and its "
+            "relatives: quicker, and usually a little better), or all but the classification head (quickest)."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "'eager' or 'sdpa'; by default the fastest that the architecture has."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which recordings, how they are split, and what of them the model hears."""
+
+    dataset_name: str = field(
+        default="demo",
+        metadata={"help": "demo, thorsten_emotional, audio_folder, manifest, or a data set's Hub id or folder."},
+    )
+    dataset_config_name: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of a Hub data set; for thorsten_emotional 'styles' (8 classes) or 'emotions' (5)."},
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the recordings (or, for thorsten_emotional, also its .tgz archive)."}
+    )
+    data_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Manifest files: CSV, TSV, JSON or JSONL; 'train=a.csv test=b.csv' gives the splits."},
+    )
+    download_url: str | None = field(
+        default=None, metadata={"help": "A mirror to download thorsten_emotional from, instead of OpenSLR."}
+    )
+    audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio or its path."})
+    label_column_name: str = field(default="label", metadata={"help": "Column with the class."})
+    speaker_column_name: str = field(default="speaker_id", metadata={"help": "Column with the speaker, if there is one."})
+    sentence_column_name: str = field(
+        default="sentence_id", metadata={"help": "Column that tells which sentence is spoken, if there is one."}
+    )
+    split_column_name: str = field(
+        default="split", metadata={"help": "Column of a manifest with train, validation or test, if there is one."}
+    )
+    group_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "audio_folder: a regular expression searched in each path below data_dir, with the named groups "
+            "speaker_id and/or sentence_id, as in '(?P<speaker_id>spk\\d+)_(?P<sentence_id>\\d+)'."
+        },
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Only these classes, in this order; by default all that the corpus has."}
+    )
+    split_by: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What no two splits share: speaker_id, sentence_id, or both. By default speaker_id where there "
+            "are at least 3 speakers, else sentence_id."
+        },
+    )
+    validation_fraction: float = field(default=0.1, metadata={"help": "Share of the groups for validation."})
+    test_fraction: float = field(default=0.1, metadata={"help": "Share of the groups for the test."})
+    validation_groups: list[str] | None = field(
+        default=None, metadata={"help": "These groups (speakers, say) are the validation split, instead of a draw."}
+    )
+    test_groups: list[str] | None = field(
+        default=None, metadata={"help": "These groups (speakers, say) are the test split, instead of a draw."}
+    )
+    split_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the split, to keep it while seed varies; by default seed itself."}
+    )
+    allow_group_leak: bool = field(
+        default=False,
+        metadata={"help": "Accept given splits that share groups; the results then say so."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many clips."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Validate on at most so many clips."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Test on at most so many clips."})
+    max_length_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "The model's window. Longer clips are cropped at random in training and covered by several "
+            "windows in evaluation. Whisper and AST, which always compute their whole window, become as much faster."
+        },
+    )
+    on_bad_audio: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "Clips that cannot be read or hold no sound: stop and list them, or drop them."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that prepare features; by default one a core, at most 8."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Prepare the features again."})
+    augment_speed: float = field(
+        default=0.0,
+        metadata={"help": "Training clips play up to this share faster or slower, which shifts the voice's pitch too."},
+    )
+    augment_gain_db: float = field(
+        default=0.0, metadata={"help": "Training clips are up to so many decibels louder or softer."}
+    )
+    augment_time_mask_seconds: float = field(
+        default=0.0, metadata={"help": "A stretch of up to so many seconds of a training clip is silenced."}
+    )
+
+
+@dataclass
+class SpeechTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments, with the defaults of this task and the few arguments that it lacks."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the model and all results go; by default runs/ and the recipe's name."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start over in an output folder that already holds a run."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "'last' or a checkpoint's folder: go on from there."}
+    )
+    optim: str = field(
+        default="adamw_torch",
+        metadata={"help": "adamw_torch, adamw_torch_fused, adam, sgd, rmsprop, or any other of transformers."},
+    )
+    lr_scheduler_type: str = field(
+        default="linear",
+        metadata={
+            "help": "linear, cosine, constant_with_warmup, ... of transformers, or step, multi_step, exponential, "
+            "one_cycle of torch.optim, with lr_scheduler_kwargs counted in epochs, as in '{\"step_size\": 5}'."
+        },
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the new classification head; by default learning_rate, as for the rest."},
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision; by default where the hardware computes it fast."}
+    )
+    class_weights: Literal["none", "balanced"] = field(
+        default="none", metadata={"help": "balanced: a clip of a rare class weighs as much more as the class is rarer."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many validations without a better metric_for_best_model."}
+    )
+    bucket_by_length: bool = field(
+        default=True, metadata={"help": "Batches of clips of similar length: less padding, quicker steps."}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: epoch, steps or no."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: epoch, steps, best or no."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints, the best among them."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Test and save the best model, not the last."})
+    metric_for_best_model: str | None = field(default="uar", metadata={"help": "What decides which model is best."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: the collator decides."})
+    comet_workspace: str | None = field(default=None, metadata={"help": "Comet workspace; else COMET_WORKSPACE."})
+    comet_project: str | None = field(default=None, metadata={"help": "Comet project; else COMET_PROJECT_NAME."})
+    tags: list[str] | None = field(default=None, metadata={"help": "Tags of the run in Comet."})
+
+    def __post_init__(self) -> None:
+        optim, lr_scheduler_type = self.optim, self.lr_scheduler_type
+        # transformers accepts only its own names; ours are put back below and read by optimization.py.
+        if optim == "adam":
+            self.optim = "adamw_torch"
+        if lr_scheduler_type in TORCH_SCHEDULES:
+            self.lr_scheduler_type = "constant"
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_fast_bfloat16(use_cpu=self.use_cpu)
+        if not torch.cuda.is_available() and not torch.backends.mps.is_available() and self.bf16:
+            self.use_cpu = True  # transformers refuses bf16 without a GPU unless told that this is meant
+        super().__post_init__()
+        self.optim, self.lr_scheduler_type = optim, lr_scheduler_type
+
+
+def has_fast_bfloat16(use_cpu: bool = False) -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones.
+
+    True on NVIDIA GPUs from Ampere on and on CPUs with AMX or AVX512-BF16. A CPU without them emulates bfloat16 at a
+    small fraction of float32's rate (measured: 2 against 120 GFLOP/s on an AVX2 processor), so there it is False.
+    """
+    if torch.cuda.is_available() and not use_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available() and not use_cpu:
+        return False
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+# What `--help` shows of TrainingArguments' 120 fields besides those above; all others are accepted too.
+SHOWN_TRAINING_FIELDS = (
+    "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+    "learning_rate weight_decay warmup_steps lr_scheduler_kwargs max_grad_norm label_smoothing_factor seed fp16 "
+    "use_cpu dataloader_num_workers activation_checkpointing torch_compile report_to run_name push_to_hub hub_model_id "
+    "hub_private_repo"
+).split()
+
+TRAINING_HELP_FOOTER = (
+    "Every other field of transformers.TrainingArguments is accepted too:\n"
+    "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
+)
+
+
+class Arguments(NamedTuple):
+    """What a run was asked to do; `given` are the keys that the recipe or the command line named."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: SpeechTrainingArguments
+    given: dict[str, Any]
+    recipe_path: str | None
+    command_line: list[str]
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that raises `UserError` instead of printing its usage."""
+
+    source = "the command line"
+
+    def error(self, message: str) -> None:
+        key, _, reason = message.removeprefix("argument ").partition(": ")
+        key = key.split("/")[0].strip()
+        raise UserError(f"{self.source}, key '{key.lstrip('-')}': {reason or message}. See --help.")
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(
+        (ModelArguments, DataArguments, SpeechTrainingArguments),
+        prog="run_classification.py",
+        usage="%(prog)s [recipes/NAME.json] [--key value ...]",
+        description="Fine-tunes a pretrained audio model to classify emotion in speech.",
+        epilog=TRAINING_HELP_FOOTER,
+        allow_abbrev=False,
+        add_help=True,
+    )
+    shown = {*SHOWN_TRAINING_FIELDS, *SpeechTrainingArguments.__annotations__}
+    shown |= {f.name for cls in (ModelArguments, DataArguments) for f in fields(cls)}
+    for action in parser._actions:
+        if action.dest not in shown | {"help"} or any(name.startswith("--no_") for name in action.option_strings):
+            action.help = "==SUPPRESS=="  # argparse.SUPPRESS
+        action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        if action.choices is None:
+            action.metavar = None if action.nargs == 0 else "VALUE"
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Reads `[recipe.json] [--key value ...]`; flags override the recipe.
+
+    Args:
+        argv: the command line without the program's name; by default `sys.argv[1:]`.
+
+    Returns:
+        The three dataclasses, and what is needed to repeat the run.
+
+    Raises:
+        UserError: an unknown or duplicate key, a wrong type, invalid JSON, a missing file, or a secret where it does
+            not belong. The message names the file, the key and the nearest valid key.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _build_parser()
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        raise SystemExit(0)
+
+    recipe_path = argv.pop(0) if argv and not argv[0].startswith("--") else None
+    recipe = _load_recipe(recipe_path) if recipe_path else {}
+    flags = _split_flags(argv)
+    if recipe_path is None and not flags:
+        raise UserError("the command line names no recipe and no --key: try recipes/demo.json, or see --help.")
+
+    types = {key: hint for cls in parser.dataclass_types for key, hint in get_type_hints(cls).items()}
+    names = {f.name for cls in parser.dataclass_types for f in fields(cls) if f.init}
+    _check_keys(recipe, names, recipe_path)
+    _check_keys(flags, names, "the command line")
+
+    # Parsed alone first, so that an error is blamed on the file it stands in.
+    recipe_tokens = [token for key, value in recipe.items() for token in _tokens(key, value, recipe_path)]
+    parser.source = recipe_path
+    parser.parse_known_args(recipe_tokens)
+    parser.source = "the command line"
+    flag_tokens = [token for key, values in flags.items() for token in _flag_tokens(key, values, types)]
+    parser.parse_known_args(flag_tokens)
+
+    if "output_dir" not in {*recipe, *flags}:
+        flag_tokens.append(f"--output_dir=runs/{Path(recipe_path).stem if recipe_path else 'run'}")
+    try:
+        model, data, training = parser.parse_args_into_dataclasses(
+            args=recipe_tokens + flag_tokens, look_for_args_file=False
+        )
+    except (ValueError, ImportError, TypeError) as error:
+        # TrainingArguments checks its values when it is made; the first line is the reason, without our frames.
+        raise UserError(f"{recipe_path or 'the command line'}: {error}") from error
+    nulls = {key for key, value in recipe.items() if value is None} - set(flags)
+    for part in (model, data, training):
+        for f in fields(part):
+            if f.name in nulls and f.default is not None:
+                if type(None) not in get_args(types[f.name]):
+                    raise UserError(f"{recipe_path}, key '{f.name}': null is not a value that it can take.")
+                setattr(part, f.name, None)
+    _check_values(model, data, training, recipe_path or "the command line")
+    # transformers' own name for the last checkpoint is True; ours can be typed.
+    if training.resume_from_checkpoint in ("true", "True"):
+        training.resume_from_checkpoint = "last"
+    return Arguments(model, data, training, {**recipe, **dict.fromkeys(flags)}, recipe_path, argv)
+
+
+def _load_recipe(path: str) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        duplicates = sorted({key for key in keys if keys.count(key) > 1})
+        if duplicates:
+            raise UserError(f"{path}, key '{duplicates[0]}' stands there twice: keep one of them.")
+        return dict(pairs)
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        known = sorted(str(p) for p in Path("recipes").glob("*.json"))
+        near = difflib.get_close_matches(path, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else (f" There are: {', '.join(known)}." if known else "")
+        raise UserError(f"{path}: there is no such recipe.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). A recipe is a JSON file in UTF-8.") from error
+    try:
+        recipe = json.loads(text, object_pairs_hook=refuse_duplicates)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: a recipe is one JSON object, {{\"key\": value, ...}}, not a {type(recipe).__name__}.")
+    return recipe
+
+
+def _split_flags(argv: list[str]) -> dict[str, list[str]]:
+    """Returns each flag's values as they were typed; `--key=value` and `--key value` are the same."""
+    flags: dict[str, list[str]] = {}
+    for token in argv:
+        if token.startswith("--"):
+            key, equals, value = token[2:].partition("=")
+            key = key.replace("-", "_")
+            if key in flags:
+                raise UserError(f"the command line, key '{key}' stands there twice: keep one of them.")
+            flags[key] = [value] if equals else []
+        elif not flags:
+            raise UserError(f"the command line: '{token}' is neither a recipe (NAME.json, first) nor a --key.")
+        else:
+            flags[list(flags)[-1]].append(token)
+    return flags
+
+
+def _check_keys(keys: dict[str, Any], names: set[str], source: str | None) -> None:
+    for key in keys:
+        if key in SECRET_KEYS:
+            raise UserError(
+                f"{source}, key '{key}': a secret here would end in your shell's history, in trackers or in a commit. "
+                f"Set the environment variable {SECRET_KEYS[key]} instead" + (
+                    ", or run `hf auth login`." if SECRET_KEYS[key] == "HF_TOKEN" else "."
+                )
+            )
+        if key in names or (key.startswith("no_") and key[3:] in names):
+            continue
+        near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.5)
+        hint = f"Did you mean '{near[0]}'?" if near else "See --help for those that there are."
+        raise UserError(f"{source}, key '{key}': there is no such key. {hint}")
+
+
+def _tokens(key: str, value: Any, path: str) -> list[str]:
+    """A recipe's value as command-line tokens, so that argparse checks its type."""
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{key}={str(value).lower()}"]
+    if isinstance(value, list):
+        if not value or any(isinstance(item, list | dict) or item is None for item in value):
+            raise UserError(f"{path}, key '{key}': a list holds one or more plain values; leave the key out for none.")
+        return [f"--{key}", *map(str, value)]
+    if isinstance(value, dict):
+        return [f"--{key}={json.dumps(value)}"]
+    return [f"--{key}={value}"]
+
+
+def _flag_tokens(key: str, values: list[str], types: dict[str, Any]) -> list[str]:
+    if not values and key == "resume_from_checkpoint":
+        return [f"--{key}=last"]
+    if not values and types.get(key) == bool | None:
+        return [f"--{key}=true"]
+    if len(values) == 1:
+        return [f"--{key}={values[0]}"]
+    return [f"--{key}", *values]
+
+
+def _check_values(
+    model: ModelArguments, data: DataArguments, training: SpeechTrainingArguments, source: str
+) -> None:
+    def refuse(key: str, problem: str) -> None:
+        raise UserError(f"{source}, key '{key}': {problem}")
+
+    if model.model_name_or_path is None and model.config_name is None:
+        refuse("model_name_or_path", "is missing. Name a pretrained model, or a config_name to train from scratch.")
+    if model.model_name_or_path is None and model.feature_extractor_name is None:
+        refuse("feature_extractor_name", "is needed to train from scratch, since there is no model to take it from.")
+    for key in ("validation_fraction", "test_fraction"):
+        if not 0 < getattr(data, key) < 1:
+            refuse(key, f"is {getattr(data, key)}, and must lie between 0 and 1.")
+    if data.validation_fraction + data.test_fraction >= 1:
+        refuse("test_fraction", "and validation_fraction leave nothing to train on: their sum must be below 1.")
+    for key in ("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length_seconds",
+                "preprocessing_num_workers"):
+        value = getattr(data, key)
+        if value is not None and value <= 0:
+            refuse(key, f"is {value}, and must be above 0; leave it out for no limit.")
+    if not 0 <= data.augment_speed < 0.5:
+        refuse("augment_speed", f"is {data.augment_speed}, and must be at least 0 and below 0.5.")
+    for key in data.split_by or []:
+        if key not in ("speaker_id", "sentence_id"):
+            refuse("split_by", f"'{key}' is not a group: take speaker_id, sentence_id, or both.")
+    if training.load_best_model_at_end and str(training.eval_strategy.value) == "no":
+        refuse("eval_strategy", "'no' leaves no best model to choose: set load_best_model_at_end to false as well.")
+    if training.label_smoothing_factor and not 0 <= training.label_smoothing_factor < 1:
+        refuse("label_smoothing_factor", f"is {training.label_smoothing_factor}, and must be at least 0 and below 1.")
+
+
+def resolve_recipe(arguments: Arguments) -> dict[str, Any]:
+    """Returns the flat recipe that repeats the run: every key of ours, and those of TrainingArguments that were given.
+
+    What transformers filled in by itself is left to the version that `run.json` names. Secrets are never in it.
+    """
+    recipe: dict[str, Any] = {}
+    own = {*SpeechTrainingArguments.__annotations__, "seed", "num_train_epochs", "learning_rate",
+           "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
+    for part in (arguments.model, arguments.data, arguments.training):
+        for f in fields(part):
+            is_ours = not isinstance(part, TrainingArguments) or f.name in own or f.name in arguments.given
+            value = getattr(part, f.name)
+            if not is_ours or value is None or f.name in SECRET_KEYS or f.name == "resume_from_checkpoint":
+                continue
+            value = getattr(value, "value", value)  # enums
+            if isinstance(value, str | int | float | bool | list | dict) and value != []:
+                recipe[f.name] = value
+    # Whether to start over is said on each run's command line: a recipe that deletes would be a trap.
+    recipe.pop("overwrite_output_dir", None)
+    return recipe
+
+
+def describe_environment(arguments: Arguments) -> dict[str, Any]:
+    """Returns what else shaped the run: overrides, the code's commit, library versions, machine."""
+    root = Path(__file__).parent.parent
+    git = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True, text=True, check=False,
+    ) if (root / ".git").exists() else None
+    device = arguments.training.device
+    return {
+        "recipe": arguments.recipe_path,
+        "overrides": arguments.command_line,
+        "git_commit": git.stdout.strip() if git and git.returncode == 0 else None,
+        "python": platform.python_version(),
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "num_processes": arguments.training.world_size,
+        "num_cores": os.cpu_count(),
+    }

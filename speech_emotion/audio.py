@@ -1,0 +1,102 @@
+"""One recording becomes mono float32 samples at the model's sampling rate."""
+
+import functools
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+
+# What libsndfile reads by itself; any other container needs torchcodec and FFmpeg.
+SOUNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64")
+OTHER_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp")
+AUDIO_SUFFIXES = SOUNDFILE_SUFFIXES + OTHER_SUFFIXES
+
+# Below the quantization step of 16-bit audio (2^-15) there is no sound at all.
+SILENCE_PEAK = 2.0**-16
+
+
+class BadAudioError(Exception):
+    """A recording that cannot be used, with the reason."""
+
+
+def read_duration(audio: dict[str, Any]) -> float:
+    """Returns the seconds that a recording's header states, or nan where it cannot be read.
+
+    Args:
+        audio: `{"path": str or None, "bytes": bytes or None}`, as `datasets.Audio(decode=False)` gives it.
+    """
+    try:
+        info = soundfile.info(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"])
+        return info.frames / info.samplerate
+    except (soundfile.LibsndfileError, OSError, ZeroDivisionError, TypeError):
+        return float("nan")
+
+
+def decode(audio: dict[str, Any], sampling_rate: int) -> np.ndarray:
+    """Decodes one recording.
+
+    Args:
+        audio: `{"path": str or None, "bytes": bytes or None}`.
+        sampling_rate: samples per second of the result.
+
+    Returns:
+        float32 array of shape (num_samples,): the mean of all channels, resampled.
+
+    Raises:
+        BadAudioError: missing, empty, corrupt, silent, or not finite.
+    """
+    if audio["bytes"] is None and not Path(audio["path"]).is_file():
+        raise BadAudioError("no such file")
+    num_bytes = len(audio["bytes"]) if audio["bytes"] is not None else Path(audio["path"]).stat().st_size
+    if num_bytes == 0:
+        raise BadAudioError("the file is empty (0 bytes)")
+    suffix = Path(audio["path"] or "").suffix.lower()
+    waveform, source_rate = (_decode_with_torchcodec if suffix in OTHER_SUFFIXES else _decode_with_soundfile)(audio)
+    if waveform.shape[0] == 0:
+        raise BadAudioError("holds 0 samples")
+    waveform = waveform.mean(axis=1) if waveform.ndim == 2 else waveform
+    if not np.isfinite(waveform).all():
+        raise BadAudioError("holds samples that are not finite numbers")
+    if np.abs(waveform).max() < SILENCE_PEAK:
+        raise BadAudioError("holds nothing but silence")
+    return resample(waveform, source_rate, sampling_rate)
+
+
+def _decode_with_soundfile(audio: dict[str, Any]) -> tuple[np.ndarray, int]:
+    try:
+        return soundfile.read(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"], dtype="float32")
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        reason = str(error).rpartition(": ")[2].rstrip(".") or type(error).__name__
+        raise BadAudioError(f"cannot be decoded ({reason})") from error
+
+
+def _decode_with_torchcodec(audio: dict[str, Any]) -> tuple[np.ndarray, int]:
+    try:
+        from torchcodec.decoders import AudioDecoder
+    except (ImportError, OSError, RuntimeError) as error:
+        suffix = Path(audio["path"] or "").suffix
+        raise BadAudioError(f"{suffix} needs torchcodec and FFmpeg, which are not here; convert it to WAV or FLAC") from error
+    try:
+        samples = AudioDecoder(audio["bytes"] if audio["bytes"] is not None else audio["path"]).get_all_samples()
+    except (RuntimeError, ValueError) as error:
+        raise BadAudioError(f"cannot be decoded ({str(error).splitlines()[0]})") from error
+    return samples.data.numpy().T, samples.sample_rate  # (num_samples, channels)
+
+
+def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """Returns the waveform at the target rate: (num_samples,) -> (ceil(num_samples * target / source),), float32."""
+    if source_rate == target_rate:
+        return waveform
+    return build_resampler(source_rate, target_rate)(torch.from_numpy(waveform)).numpy()
+
+
+@functools.cache
+def build_resampler(source_rate: int, target_rate: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns a band-limited resampler whose kernel is made once: torchaudio's functional form makes it each call."""
+    from torchaudio.transforms import Resample  # here, since a run on the model's own rate never needs it
+
+    return Resample(source_rate, target_rate)

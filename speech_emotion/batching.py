@@ -1,0 +1,114 @@
+"""Batches: clips of similar length together, padded to the longest of the batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from speech_emotion.augmentation import Augmentation
+from speech_emotion.features import Extraction
+
+# Batches are sorted by length within so many of them: enough that neighbours are alike, few enough that batches
+# differ from epoch to epoch.
+BATCHES_PER_SORT = 50
+
+
+class LengthBucketSampler(Sampler[int]):
+    """Yields row numbers so that consecutive batches hold clips of similar length, in an order drawn for each epoch.
+
+    The order depends on the seed and the epoch alone, not on torch's global generator: a resumed run, and every one of
+    several processes, sees the same batches. All clips of one optimizer step are alike, however it is divided among
+    processes and accumulated batches, so that these divisions train the same.
+
+    Args:
+        lengths: of each row, (num_rows,).
+        clips_per_step: batch size x processes x accumulated batches.
+        seed: of the order.
+        bucket: without it, the order is a plain shuffle.
+    """
+
+    def __init__(self, lengths: np.ndarray, clips_per_step: int, seed: int, bucket: bool = True) -> None:
+        self.lengths = np.asarray(lengths)
+        self.clips_per_step = clips_per_step
+        self.seed = seed
+        self.bucket = bucket
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch's order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        if self.bucket:
+            sort_size = self.clips_per_step * BATCHES_PER_SORT
+            parts = [order[start : start + sort_size] for start in range(0, len(order), sort_size)]
+            order = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
+            steps = [order[start : start + self.clips_per_step] for start in range(0, len(order), self.clips_per_step)]
+            # The incomplete step stays last; the others are shuffled, so that lengths do not fall within an epoch.
+            num_whole = len(order) // self.clips_per_step
+            steps[:num_whole] = [steps[i] for i in rng.permutation(num_whole)]
+            order = np.concatenate(steps)
+        return iter(order.tolist())
+
+
+@dataclass
+class Collator:
+    """Makes a batch of rows; crops and augments those that are waveforms still.
+
+    Attributes:
+        extraction: of the run.
+        attention_mask: whether the architecture wants one.
+        augmentation: of training clips.
+    """
+
+    extraction: Extraction
+    attention_mask: bool
+    augmentation: Augmentation
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns `labels` (batch,), the model's input padded to the longest clip, and an attention mask if wanted.
+
+        The input is (batch, num_samples), (batch, frames, bins) or, for Whisper, (batch, bins, frames); the mask is
+        int64 of shape (batch, num_samples or frames).
+        """
+        arrays = [
+            self.extraction(self._change(row["waveform"])) if "waveform" in row else row[self.extraction.input_name]
+            for row in rows
+        ]
+        lengths = [len(array) for array in arrays]
+        batch = np.full((len(arrays), max(lengths), *arrays[0].shape[1:]), self.extraction.feature_extractor.padding_value,
+                        dtype=np.float32)  # fmt: skip
+        for i, array in enumerate(arrays):
+            batch[i, : len(array)] = array
+        inputs = {
+            self.extraction.input_name: torch.from_numpy(batch),
+            "labels": torch.tensor([int(row["labels"]) for row in rows]),
+        }
+        if self.attention_mask:
+            inputs["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        return inputs
+
+    def _change(self, waveform: np.ndarray) -> np.ndarray:
+        if self.augmentation:
+            waveform = self.augmentation(waveform, self.extraction.sampling_rate)
+        window = self.extraction.window_samples
+        if window is not None and len(waveform) > window:
+            start = int(torch.randint(0, len(waveform) - window + 1, ()))
+            waveform = waveform[start : start + window]
+        return waveform
+
+
+def padding_share(sampler: LengthBucketSampler, batch_size: int) -> float:
+    """Returns the share of padding among all samples of one epoch's batches, between 0 and 1."""
+    lengths = sampler.lengths[list(sampler)]
+    padded = sum(lengths[start : start + batch_size].max() * len(lengths[start : start + batch_size])
+                 for start in range(0, len(lengths), batch_size))  # fmt: skip
+    return 1 - float(lengths.sum()) / float(padded)

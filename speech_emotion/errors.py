@@ -1,0 +1,58 @@
+"""What a user sees when something is wrong: one message, no traceback, and an exit code that a script can read."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, the shell's convention
+MAX_OFFENDERS_SHOWN = 20
+
+logger = logging.getLogger(__name__)
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message names the file, key or clip, what is wrong and what to do."""
+
+
+def list_offenders(offenders: Iterable[str]) -> str:
+    """Returns the offenders one to a line, the first 20 of them, then how many more there are."""
+    offenders = list(offenders)
+    lines = [f"  - {offender}" for offender in offenders[:MAX_OFFENDERS_SHOWN]]
+    if len(offenders) > MAX_OFFENDERS_SHOWN:
+        lines.append(f"  ... and {len(offenders) - MAX_OFFENDERS_SHOWN} more")
+    return "\n".join(lines)
+
+
+def run_as_command(main: Callable[[], object]) -> None:
+    """Runs a script's `main` and turns what a user can put right into a message and an exit code.
+
+    Exits with 2 for a `UserError`, for a full disk and for a folder that cannot be written; 130 for Ctrl-C. Any
+    other exception is a defect of ours and keeps its traceback.
+    """
+    # Messages go through logging, which is silent on all but the main process.
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    try:
+        main()
+    except UserError as error:
+        message, exit_code = str(error), USER_ERROR_EXIT_CODE
+    except OSError as error:
+        # Only what concerns a file: a network or process failure without a path is reported whole.
+        if error.filename is None and error.errno is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        message = f"{error.strerror or error}{where}. Free some space or choose another folder, then run again."
+        exit_code = USER_ERROR_EXIT_CODE
+        logger.debug("The operating system refused", exc_info=True)
+    except KeyboardInterrupt:
+        message = (
+            "interrupted. Finished epochs are kept in the output folder: the same command with "
+            "--resume_from_checkpoint last goes on from there."
+        )
+        exit_code = INTERRUPTED_EXIT_CODE
+    else:
+        return
+    if is_main_process:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)

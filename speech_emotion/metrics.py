@@ -1,0 +1,233 @@
+"""How good a classifier is, and how sure one can be of that.
+
+The metrics are `evaluate` modules of our own: `evaluate.load` would fetch a script from the Hub.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from datasets import Dataset
+
+CITATION_UAR = "B. Schuller, S. Steidl, A. Batliner: The INTERSPEECH 2009 Emotion Challenge. Interspeech 2009."
+
+NUM_RESAMPLES = 2000
+CONFIDENCE = 0.95
+MIN_CLUSTERS = 5  # fewer give no spread worth the name
+BOOTSTRAP_SEED = 0  # the interval of the same predictions is always the same
+
+
+class _ConfusionMetric(evaluate.Metric):
+    """A metric that a confusion matrix is enough for."""
+
+    score = ""
+    description = ""
+    citation = ""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation=self.citation,
+            inputs_description="predictions and references: class indices, (num_clips,)",
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        num_labels = int(max(np.max(predictions), np.max(references))) + 1
+        matrix = compute_confusion_matrix(np.asarray(predictions), np.asarray(references), num_labels)
+        return {self.score: float(SCORES[self.score](matrix))}
+
+
+class Accuracy(_ConfusionMetric):
+    """Share of clips classified rightly ("weighted accuracy" in older speech emotion papers)."""
+
+    score = "accuracy"
+    description = "Share of clips that are classified rightly."
+
+
+class UnweightedAverageRecall(_ConfusionMetric):
+    """Mean of the classes' recalls, over the classes that occur: rare ones count as much as common ones."""
+
+    score = "uar"
+    description = "Mean recall over the classes that occur in the references."
+    citation = CITATION_UAR
+
+
+class MacroF1(_ConfusionMetric):
+    """Mean of the classes' F1, over the classes that occur or are predicted."""
+
+    score = "f1_macro"
+    description = "Mean F1 over the classes that occur in the references or the predictions."
+
+
+def compute_confusion_matrix(predictions: np.ndarray, references: np.ndarray, num_labels: int) -> np.ndarray:
+    """Returns counts, int64 of shape (num_labels, num_labels): row the reference, column the prediction."""
+    matrix = np.zeros((num_labels, num_labels), dtype=np.int64)
+    np.add.at(matrix, (references, predictions), 1)
+    return matrix
+
+
+def compute_recalls(matrix: np.ndarray) -> np.ndarray:
+    """Returns each class's recall, (..., num_labels), nan where the class does not occur; takes (..., labels, labels)."""
+    totals = matrix.sum(axis=-1)
+    hits = np.diagonal(matrix, axis1=-2, axis2=-1)
+    return np.divide(hits, totals, out=np.full(totals.shape, np.nan), where=totals > 0)
+
+
+def compute_accuracy(matrix: np.ndarray) -> np.ndarray:
+    """Returns the share on the diagonal; takes (..., labels, labels)."""
+    return np.trace(matrix, axis1=-2, axis2=-1) / matrix.sum(axis=(-2, -1))
+
+
+def compute_uar(matrix: np.ndarray) -> np.ndarray:
+    """Returns the unweighted average recall; takes (..., labels, labels)."""
+    return np.nanmean(compute_recalls(matrix), axis=-1)
+
+
+def compute_macro_f1(matrix: np.ndarray) -> np.ndarray:
+    """Returns the macro F1; takes (..., labels, labels)."""
+    hits = np.diagonal(matrix, axis1=-2, axis2=-1)
+    sizes = matrix.sum(axis=-1) + matrix.sum(axis=-2)
+    f1 = np.divide(2.0 * hits, sizes, out=np.full(sizes.shape, np.nan), where=sizes > 0)
+    return np.nanmean(f1, axis=-1)
+
+
+SCORES = {"accuracy": compute_accuracy, "uar": compute_uar, "f1_macro": compute_macro_f1}
+
+
+def load_metrics() -> evaluate.CombinedEvaluations:
+    """Returns accuracy, uar and f1_macro as one `evaluate` module that needs no network."""
+    return evaluate.combine([module(keep_in_memory=True) for module in (Accuracy, UnweightedAverageRecall, MacroF1)])
+
+
+def average_windows(logits: np.ndarray, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Averages the logits of each clip's windows.
+
+    Args:
+        logits: (num_windows, num_labels).
+        clips: the clip of each window, (num_windows,).
+
+    Returns:
+        The clips in rising order, (num_clips,), and their mean logits, (num_clips, num_labels).
+    """
+    numbers, inverse = np.unique(clips, return_inverse=True)
+    sums = np.zeros((len(numbers), logits.shape[1]), dtype=np.float64)
+    np.add.at(sums, inverse, logits)
+    return numbers, sums / np.bincount(inverse)[:, None]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns probabilities, (num_clips, num_labels)."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+@dataclass
+class Evaluation:
+    """What the model says of one split: `clips` are rows of the corpus table, (num_clips,)."""
+
+    clips: np.ndarray
+    references: np.ndarray
+    logits: np.ndarray
+    label_names: list[str]
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """Most probable class of each clip, (num_clips,)."""
+        return self.logits.argmax(axis=1)
+
+    @property
+    def confusion_matrix(self) -> np.ndarray:
+        """Counts, (num_labels, num_labels): row the reference, column the prediction."""
+        return compute_confusion_matrix(self.predictions, self.references, len(self.label_names))
+
+
+def evaluate_logits(logits: np.ndarray, table: Dataset, label_names: list[str]) -> Evaluation:
+    """Turns the logits of a prepared table's rows, in its order, into one answer a clip."""
+    clips = np.asarray(table["clip"])
+    numbers, mean_logits = average_windows(np.asarray(logits, dtype=np.float32), clips)
+    first_row = np.unique(clips, return_index=True)[1]
+    return Evaluation(numbers, np.asarray(table["labels"])[first_row], mean_logits, label_names)
+
+
+def compute_results(evaluation: Evaluation) -> dict[str, float]:
+    """Returns accuracy, uar, f1_macro and recall_CLASS for each class that occurs."""
+    results = load_metrics().compute(predictions=evaluation.predictions, references=evaluation.references)
+    recalls = compute_recalls(evaluation.confusion_matrix)
+    results |= {
+        f"recall_{name}": float(recall)
+        for name, recall in zip(evaluation.label_names, recalls, strict=True)
+        if not np.isnan(recall)
+    }
+    return results
+
+
+def choose_clusters(clips: Dataset) -> tuple[str, np.ndarray]:
+    """Returns what the bootstrap draws: the speakers where there are at least five, else sentences, else clips.
+
+    Clips of one speaker or sentence resemble each other; an interval that draws them singly is too narrow.
+
+    Returns:
+        "speaker", "sentence" or "clip", and each clip's cluster, (num_clips,).
+    """
+    for column in ("speaker_id", "sentence_id"):
+        groups = np.asarray(clips[column], dtype=object)
+        if None not in set(groups) and len(set(groups)) >= MIN_CLUSTERS:
+            return column.removesuffix("_id"), np.unique(groups.astype(str), return_inverse=True)[1]
+    return "clip", np.arange(len(clips))
+
+
+def compute_intervals(evaluation: Evaluation, clusters: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Returns 95 % percentile intervals of accuracy, uar, f1_macro and each class's recall, by a cluster bootstrap.
+
+    Args:
+        evaluation: of the clips.
+        clusters: each clip's cluster, (num_clips,).
+
+    Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; clusters drawn with
+    replacement as in A. C. Davison and D. V. Hinkley, Bootstrap Methods and their Application, 1997, section 3.8.
+    """
+    num_labels, num_clusters = len(evaluation.label_names), int(clusters.max()) + 1
+    matrices = np.zeros((num_clusters, num_labels, num_labels))
+    np.add.at(matrices, (clusters, evaluation.references, evaluation.predictions), 1)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    weights = rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=NUM_RESAMPLES)
+    resampled = np.einsum("rc,cij->rij", weights, matrices)  # (resamples, labels, labels)
+    recalls = compute_recalls(resampled)
+    draws = {name: score(resampled) for name, score in SCORES.items()}
+    for index, name in enumerate(evaluation.label_names):
+        if not np.isnan(recalls[:, index]).all():
+            draws[f"recall_{name}"] = recalls[:, index]
+    tail = 100 * (1 - CONFIDENCE) / 2
+    return {
+        name: tuple(float(bound) for bound in np.nanpercentile(values, [tail, 100 - tail]))
+        for name, values in draws.items()
+    }
+
+
+def summarize(evaluation: Evaluation, clips: Dataset, prefix: str) -> dict[str, Any]:
+    """Returns all results of a split as one flat dictionary.
+
+    Args:
+        evaluation: of the split.
+        clips: the whole corpus table.
+        prefix: "test" or "eval".
+
+    Returns:
+        PREFIX_accuracy, PREFIX_uar, PREFIX_f1_macro, PREFIX_recall_CLASS, each with PREFIX_..._ci95 [low, high];
+        PREFIX_ci95_clustered_by, PREFIX_num_clips, PREFIX_confusion_matrix and PREFIX_labels.
+    """
+    unit, clusters = choose_clusters(clips.select(evaluation.clips))
+    results: dict[str, Any] = {f"{prefix}_{name}": value for name, value in compute_results(evaluation).items()}
+    for name, interval in compute_intervals(evaluation, clusters).items():
+        if f"{prefix}_{name}" in results:
+            results[f"{prefix}_{name}_ci95"] = list(interval)
+    results[f"{prefix}_ci95_clustered_by"] = unit
+    results[f"{prefix}_num_clips"] = len(evaluation.clips)
+    results[f"{prefix}_confusion_matrix"] = evaluation.confusion_matrix.tolist()
+    results[f"{prefix}_labels"] = evaluation.label_names
+    return results

@@ -1,0 +1,264 @@
+"""Any audio-classification architecture of transformers: load it, cut its window, freeze parts of it."""
+
+import json
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    SequenceFeatureExtractor,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
+
+from speech_emotion.arguments import ModelArguments
+from speech_emotion.errors import UserError, list_offenders
+
+logger = logging.getLogger(__name__)
+
+WHISPER, AST, WAV2VEC2_BERT = "whisper", "audio-spectrogram-transformer", "wav2vec2-bert"
+# Both compute their whole window whatever the clip's length, and have no attention mask.
+FIXED_WINDOW_TYPES = (WHISPER, AST)
+
+# Parameters of the classification heads, whatever the architecture; all others belong to the backbone.
+HEAD_PREFIXES = ("projector.", "classifier.", "layer_weights")
+# Learnt only where SpecAugment is on, and absent from many checkpoints.
+OPTIONAL_WEIGHTS = ("masked_spec_embed",)
+
+KALDI_FRAME_SAMPLES, KALDI_HOP_SAMPLES = 400, 160  # 25 ms and 10 ms at 16 kHz
+
+
+def build_model(
+    arguments: ModelArguments, label_names: list[str], max_length_seconds: float | None, seed: int
+) -> tuple[PreTrainedModel, SequenceFeatureExtractor, float | None]:
+    """Loads model and feature extractor, cuts their window and freezes what stays as it was.
+
+    Returns:
+        The model in float32, its feature extractor, and the window in seconds (None: any length).
+
+    Raises:
+        UserError: as `load_feature_extractor`, `load_config`, `load_model`, `fit_window` and `freeze` do.
+    """
+    feature_extractor = load_feature_extractor(arguments)
+    config = load_config(arguments, label_names)
+    set_seed(seed)  # right before the head is drawn, so that it does not depend on what was done before
+    model = load_model(arguments, config)
+    window_seconds = fit_window(model, feature_extractor, max_length_seconds)
+    freeze(model, arguments.freeze)
+    # The saved extractor then pads as training did.
+    feature_extractor.return_attention_mask = wants_attention_mask(config)
+    return model, feature_extractor, window_seconds
+
+
+def load_feature_extractor(model: ModelArguments) -> SequenceFeatureExtractor:
+    """Loads the feature extractor that belongs to the model.
+
+    Raises:
+        UserError: there is none, or it is not for audio.
+    """
+    name = model.feature_extractor_name or model.model_name_or_path
+    try:
+        return AutoFeatureExtractor.from_pretrained(name, cache_dir=model.cache_dir, revision=model.model_revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"key 'feature_extractor_name': {name} has no feature extractor that can be loaded. {_first_line(error)}"
+        ) from error
+
+
+def load_config(model: ModelArguments, label_names: list[str]) -> PretrainedConfig:
+    """Loads the configuration and writes the classes into it.
+
+    Raises:
+        UserError: not found, an architecture without an audio-classification head, or an override that it lacks.
+    """
+    name = model.config_name or model.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(
+            name,
+            num_labels=len(label_names),
+            id2label=dict(enumerate(label_names)),
+            label2id={label: i for i, label in enumerate(label_names)},
+            cache_dir=model.cache_dir,
+            revision=model.model_revision,
+        )
+    except (OSError, ValueError) as error:
+        key = "config_name" if model.config_name else "model_name_or_path"
+        raise UserError(f"key '{key}': {name} cannot be loaded. {_first_line(error)}") from error
+    if config.model_type not in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES:
+        raise UserError(
+            f"key 'model_name_or_path': {name} is a {config.model_type}, which has no audio-classification head. Those "
+            f"that do: {', '.join(sorted(MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES))}."
+        )
+    for key, value in _parse_overrides(model.config_overrides).items():
+        if key not in config.to_dict() and key not in config.attribute_map:
+            raise UserError(f"key 'config_overrides': the configuration of {config.model_type} has no '{key}'.")
+        setattr(config, key, value)
+    return config
+
+
+def _parse_overrides(overrides: str | None) -> dict[str, Any]:
+    parsed = {}
+    for pair in filter(None, (overrides or "").split(",")):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise UserError(f"key 'config_overrides': '{pair}' is not KEY=VALUE.")
+        try:
+            parsed[key] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[key] = value
+    return parsed
+
+
+def load_model(model: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
+    """Loads the pretrained weights in float32 under a classification head, or starts from scratch without a model name.
+
+    The head is new unless the checkpoint has one for as many classes.
+
+    Raises:
+        UserError: not found, or a checkpoint that does not hold this architecture's backbone.
+    """
+    kwargs = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    try:
+        if model.model_name_or_path is None:
+            return AutoModelForAudioClassification.from_config(config, **kwargs)
+        loaded, info = AutoModelForAudioClassification.from_pretrained(
+            model.model_name_or_path,
+            config=config,
+            cache_dir=model.cache_dir,
+            revision=model.model_revision,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # a head for other classes; anything else is refused below
+            output_loading_info=True,
+            **kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"key 'model_name_or_path': {model.model_name_or_path} cannot be loaded. {_first_line(error)}") from error
+    absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    absent = sorted(key for key in absent if not key.startswith(HEAD_PREFIXES) and not key.endswith(OPTIONAL_WEIGHTS))
+    if absent:
+        raise UserError(
+            f"key 'model_name_or_path': {model.model_name_or_path} is no checkpoint of a {config.model_type} of this "
+            f"shape; {len(absent)} of its weights are missing or have another shape:\n{list_offenders(absent)}"
+        )
+    return loaded
+
+
+def fit_window(
+    model: PreTrainedModel, feature_extractor: SequenceFeatureExtractor, max_length_seconds: float | None
+) -> float | None:
+    """Cuts the window of Whisper or AST to `max_length_seconds`, in place; the others compute just what they are given.
+
+    Whisper pads every clip to 30 s and AST to 10.24 s. The position table loses its end, so that the logits of what
+    is left are those of the full table's first positions; the result is an ordinary model with an ordinary extractor.
+
+    Returns:
+        The window in seconds, or None for a model that takes any length and no `max_length_seconds`. Whisper's is
+        rounded up to whole seconds, since its extractor stores it so.
+
+    Raises:
+        UserError: a window longer than the model's own, or too short for a single position.
+    """
+    config = model.config
+    if config.model_type not in FIXED_WINDOW_TYPES:
+        return max_length_seconds
+    sampling_rate = feature_extractor.sampling_rate
+    if config.model_type == WHISPER:
+        encoder = model.encoder
+        stride = encoder.conv1.stride[0] * encoder.conv2.stride[0]
+        own_seconds = config.max_source_positions * stride * feature_extractor.hop_length / sampling_rate
+        seconds = math.ceil(max_length_seconds) if max_length_seconds else own_seconds
+        _check_window(seconds, own_seconds, max_length_seconds)
+        feature_extractor.chunk_length = int(seconds)
+        feature_extractor.n_samples = int(seconds) * sampling_rate
+        feature_extractor.nb_max_frames = feature_extractor.n_samples // feature_extractor.hop_length
+        num_positions = feature_extractor.nb_max_frames // stride
+        table = encoder.embed_positions.weight.data[:num_positions].clone()  # (positions, hidden)
+        encoder.embed_positions = nn.Embedding.from_pretrained(table, freeze=True)
+        encoder.max_source_positions = config.max_source_positions = num_positions
+        return float(seconds)
+
+    hop_seconds = KALDI_HOP_SAMPLES / sampling_rate
+    own_seconds = config.max_length * hop_seconds
+    seconds = max_length_seconds or own_seconds
+    _check_window(seconds, own_seconds, max_length_seconds)
+    num_frames = max(round(seconds / hop_seconds), config.patch_size)
+    embeddings = model.audio_spectrogram_transformer.embeddings
+    num_rows, num_columns = embeddings.get_shape(config)  # of patches, along frequency and time
+    config.max_length = feature_extractor.max_length = num_frames
+    _, new_columns = embeddings.get_shape(config)
+    table = embeddings.position_embeddings.data  # (1, 2 + rows * columns, hidden)
+    special, patches = table[:, :2], table[:, 2:].unflatten(1, (num_rows, num_columns))
+    table = torch.cat([special, patches[:, :, :new_columns].flatten(1, 2)], dim=1)
+    embeddings.position_embeddings = nn.Parameter(table.clone())
+    return num_frames * hop_seconds
+
+
+def _check_window(seconds: float, own_seconds: float, wanted: float | None) -> None:
+    if seconds > own_seconds + 1e-6:
+        raise UserError(f"key 'max_length_seconds': {wanted} s is more than the model's own window of {own_seconds:g} s.")
+
+
+def freeze(model: PreTrainedModel, part: str) -> None:
+    """Stops the training of "feature_encoder" (the convolutions) or "backbone" (all but the head), or of nothing ("none").
+
+    Raises:
+        UserError: an architecture without that part.
+    """
+    if part == "feature_encoder":
+        if not hasattr(model, "freeze_feature_encoder"):
+            raise UserError(
+                f"key 'freeze': {model.config.model_type} has no convolutional feature encoder to freeze. Use 'none', or "
+                "'backbone' to train the head alone."
+            )
+        model.freeze_feature_encoder()
+    elif part == "backbone":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(HEAD_PREFIXES))
+
+
+def wants_attention_mask(config: PretrainedConfig) -> bool:
+    """Whether a padded batch comes with an attention mask.
+
+    wav2vec2 and its relatives were pretrained with one where their convolutions use layer norm, and without one where
+    they use group norm (transformers' documentation of Wav2Vec2Model).
+    """
+    if config.model_type in FIXED_WINDOW_TYPES:
+        return False
+    return getattr(config, "feat_extract_norm", "layer") == "layer"
+
+
+def min_num_samples(model: PreTrainedModel) -> int:
+    """Returns the fewest samples that the model takes, in training too: shorter clips are padded with silence.
+
+    A clip must fill one receptive field of the convolutions and be longer than one SpecAugment mask.
+    """
+    config = model.config
+    if config.model_type in FIXED_WINDOW_TYPES:
+        return KALDI_FRAME_SAMPLES
+    masks = getattr(config, "apply_spec_augment", False) and config.mask_time_prob > 0
+    num_frames = config.mask_time_length + 1 if masks else 2
+    num_frames = max(num_frames, 2 * getattr(config, "squeeze_factor", 1))
+    if config.model_type == WAV2VEC2_BERT:  # two 10 ms frames stacked
+        return KALDI_FRAME_SAMPLES + 2 * num_frames * KALDI_HOP_SAMPLES
+    num_samples = 1
+    for kernel, stride in reversed(list(zip(config.conv_kernel, config.conv_stride, strict=True))):
+        num_samples = kernel + stride * (num_frames - 1 if num_samples == 1 else num_samples - 1)
+    return num_samples
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Returns how many parameters the model has, and how many of them are trained."""
+    sizes = np.array([(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()])
+    return int(sizes[:, 0].sum()), int(sizes[:, 1].sum())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
