@@ -20,7 +20,7 @@ from speech_emotion.corpora import load_corpus
 from speech_emotion.errors import run_as_command
 from speech_emotion.features import build_extraction, prepare_splits
 from speech_emotion.metrics import compute_results, evaluate_logits, summarize
-from speech_emotion.modeling import build_model, wants_attention_mask
+from speech_emotion.modeling import build_model, may_skip_parameters, wants_attention_mask
 from speech_emotion.optimization import OPTIMIZERS, build_loss, build_optimizer, build_scheduler
 from speech_emotion.report import draw_figures, format_results, write_history, write_json, write_predictions
 from speech_emotion.session import (
@@ -70,6 +70,8 @@ def main(argv=None):
     clips_per_step = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
     sampler = LengthBucketSampler(prepared.train["length"], clips_per_step, training.seed, training.bucket_by_length)
     train_labels = prepared.train["labels"][:]
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = may_skip_parameters(model)
     trainer = EmotionTrainer(
         sampler=sampler,
         model=model,

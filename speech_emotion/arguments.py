@@ -6,6 +6,7 @@ A recipe is one flat JSON object. Its values come first, then the flags. Both ar
 key means the same in either place.
 """
 
+import argparse
 import difflib
 import json
 import os
@@ -225,8 +226,10 @@ class SpeechTrainingArguments(TrainingArguments):
             self.lr_scheduler_type = "constant"
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_fast_bfloat16(use_cpu=self.use_cpu)
-        if not torch.cuda.is_available() and not torch.backends.mps.is_available() and self.bf16:
-            self.use_cpu = True  # transformers refuses bf16 without a GPU unless told that this is meant
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else transformers refuses bf16, and accelerate takes each of several processes for one
+        if self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self.ddp_backend = self.ddp_backend or "gloo"
         super().__post_init__()
         self.optim, self.lr_scheduler_type = optim, lr_scheduler_type
 
@@ -294,7 +297,7 @@ def _build_parser() -> _Parser:
     shown |= {f.name for cls in (ModelArguments, DataArguments) for f in fields(cls)}
     for action in parser._actions:
         if action.dest not in shown | {"help"} or any(name.startswith("--no_") for name in action.option_strings):
-            action.help = "==SUPPRESS=="  # argparse.SUPPRESS
+            action.help = argparse.SUPPRESS
         action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
         if action.choices is None:
             action.metavar = None if action.nargs == 0 else "VALUE"

@@ -3,11 +3,13 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, the shell's convention
 MAX_OFFENDERS_SHOWN = 20
+SECONDS_FOR_THE_MAIN_PROCESS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,7 @@ def run_as_command(main: Callable[[], object]) -> None:
     Exits with 2 for a `UserError`, for a full disk and for a folder that cannot be written; 130 for Ctrl-C. Any
     other exception is a defect of ours and keeps its traceback.
     """
-    # Messages go through logging, which is silent on all but the main process.
-    is_main_process = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", "0"))
     try:
         main()
     except UserError as error:
@@ -53,6 +54,9 @@ def run_as_command(main: Callable[[], object]) -> None:
         exit_code = INTERRUPTED_EXIT_CODE
     else:
         return
-    if is_main_process:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    if rank != 0:
+        # Mostly the main process says the same, and the launcher then ends this one; if not, it has to be said here.
+        time.sleep(SECONDS_FOR_THE_MAIN_PROCESS)
+        message = f"process {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

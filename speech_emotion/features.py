@@ -217,6 +217,7 @@ def _map_to_arrow(
     work.mkdir(parents=True)
     processes = num_workers or min(os.cpu_count() or 1, MAX_PROCESSES, max(1, len(clips) // MIN_CLIPS_PER_PROCESS))
     numbered = clips.select_columns(["audio"]).add_column("clip", np.arange(len(clips)))
+    datasets.enable_progress_bars()
     try:
         mapped = numbered.map(
             functools.partial(
@@ -241,6 +242,7 @@ def _map_to_arrow(
         if not cache.is_dir():
             work.replace(cache)
     finally:
+        datasets.disable_progress_bars()
         shutil.rmtree(work, ignore_errors=True)
 
 

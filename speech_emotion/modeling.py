@@ -254,6 +254,15 @@ def min_num_samples(model: PreTrainedModel) -> int:
     return num_samples
 
 
+def may_skip_parameters(model: PreTrainedModel) -> bool:
+    """Whether a training step may leave parameters without gradient, which DistributedDataParallel has to be told.
+
+    Layer drop skips layers at random, and the embedding of masked frames is used only where SpecAugment masks some.
+    """
+    drops_layers = any(getattr(model.config, key, 0) > 0 for key in ("layerdrop", "encoder_layerdrop"))
+    return drops_layers or any(name.endswith(OPTIONAL_WEIGHTS) for name, _ in model.named_parameters())
+
+
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """Returns how many parameters the model has, and how many of them are trained."""
     sizes = np.array([(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()])

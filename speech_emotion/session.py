@@ -41,9 +41,9 @@ def set_up_logging(arguments: Arguments) -> None:
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
-    if not is_main:
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+    # Bars over loading weights or flattening indices flicker by; those over work that takes long are switched on there.
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets|comet_ml)\b")
 
 

@@ -1,0 +1,199 @@
+"""Clips are decoded once; what comes out is float32, bucketed and padded as the model wants it."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import GROUPS, tiny_extractor, tone, write_tone
+from test_audio import bad_files
+
+import speech_emotion.features as features_module
+from speech_emotion.arguments import DataArguments
+from speech_emotion.augmentation import Augmentation
+from speech_emotion.batching import Collator, LengthBucketSampler, padding_share
+from speech_emotion.corpora import audio_folder
+from speech_emotion.corpora import thorsten as thorsten_loader
+from speech_emotion.errors import UserError
+from speech_emotion.features import Extraction, fingerprint, prepare_splits
+from speech_emotion.splits import split_corpus
+
+
+def extraction_for(architecture="wav2vec2", window=None, min_samples=400):
+    return Extraction(tiny_extractor(architecture), window, min_samples)
+
+
+def tone_split(folder, seed=0):
+    return split_corpus(audio_folder.load(DataArguments(data_dir=str(folder), group_pattern=GROUPS)), DataArguments(), seed)
+
+
+def prepare(split, extraction, tmp_path, random_training=False, on_bad_audio="error", **kwargs):
+    return prepare_splits(split, extraction, random_training, on_bad_audio, str(tmp_path), **kwargs)
+
+
+@pytest.mark.parametrize("architecture", ["wav2vec2", "whisper", "audio-spectrogram-transformer", "wav2vec2-bert"])
+def test_features_are_float32_arrays_of_the_extractors_own_layout(architecture, tone_folder, tmp_path):
+    window = {"whisper": 32000, "audio-spectrogram-transformer": 20480}.get(architecture)
+    extraction = extraction_for(architecture, window)
+    prepared = prepare(tone_split(tone_folder), extraction, tmp_path)
+    row = prepared.train[0]
+    values = row[extraction.input_name]
+    assert isinstance(values, np.ndarray) and values.dtype == np.float32
+    direct = extraction(features_module.decode(prepared.split.clips[int(row["clip"])]["audio"], 16000))
+    np.testing.assert_allclose(values, direct, atol=1e-6)
+    assert len(prepared.train) + len(prepared.validation) + len(prepared.test) == 30
+
+
+def test_a_second_run_decodes_nothing_whatever_the_split_or_seed(tone_folder, tmp_path, monkeypatch):
+    prepare(tone_split(tone_folder, seed=0), extraction_for(), tmp_path)
+
+    def refuse(*args):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(features_module, "decode", refuse)
+    prepared = prepare(tone_split(tone_folder, seed=3), extraction_for(), tmp_path)
+    assert len(prepared.train) == 18
+
+
+def test_the_fingerprint_changes_with_clips_extractor_and_parameters_only(tmp_path):
+    root = tmp_path / "corpus"
+    for label in ("a", "b"):
+        for i in range(4):
+            write_tone(root / label / f"{i}.wav", seed=i)
+
+    def load():
+        return audio_folder.load(DataArguments(data_dir=str(root)))
+
+    clips = load()
+    first = fingerprint(clips, extraction_for(), False)
+    assert fingerprint(load(), extraction_for(), False) == first
+    assert fingerprint(clips.add_column("split", ["train"] * 8), extraction_for(), False) == first
+    assert fingerprint(clips, extraction_for(window=8000), False) != first
+    assert fingerprint(clips, extraction_for(min_samples=800), False) != first
+    assert fingerprint(clips, extraction_for(), True) != first
+    assert fingerprint(clips.select(range(7)), extraction_for(), False) != first
+    other = extraction_for()
+    other.feature_extractor.do_normalize = False
+    assert fingerprint(clips, other, False) != first
+    os.utime(root / "a" / "0.wav", ns=(1, 1))
+    assert fingerprint(load(), extraction_for(), False) != first
+
+
+def test_a_preparation_that_broke_off_is_done_again(tone_folder, tmp_path):
+    split = tone_split(tone_folder)
+    prepare(split, extraction_for(), tmp_path)
+    (cache,) = (tmp_path / "speech_emotion").glob("features-*")
+    files = json.loads((cache / "index.json").read_text())
+    (cache / "index.json").unlink()
+    (cache / files[0]).write_bytes(b"half")
+    assert len(prepare(split, extraction_for(), tmp_path).train) == 18
+
+
+def test_several_processes_prepare_the_same(tone_folder, tmp_path):
+    split = tone_split(tone_folder)
+    one = prepare(split, extraction_for(), tmp_path / "one", num_workers=1).train
+    two = prepare(split, extraction_for(), tmp_path / "two", num_workers=2).train
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a["input_values"], b["input_values"])
+
+
+def test_all_bad_clips_are_listed_at_once_or_skipped_and_counted(tmp_path):
+    root = tmp_path / "corpus"
+    for label in ("a", "b"):
+        for i in range(6):
+            write_tone(root / label / f"{i}.wav", seed=i)
+    bad = bad_files(root / "a")
+    bad.pop("gone.wav")
+    split = split_corpus(audio_folder.load(DataArguments(data_dir=str(root))), DataArguments(), 0)
+    with pytest.raises(UserError) as caught:
+        prepare(split, extraction_for(), tmp_path)
+    for name, reason in bad.items():
+        assert f"a/{name}: " in str(caught.value) and reason in str(caught.value)
+    prepared = prepare(split, extraction_for(), tmp_path, on_bad_audio="skip")
+    assert prepared.num_bad_clips == len(bad) == 6
+    assert len(prepared.train) + len(prepared.validation) + len(prepared.test) == 12
+    assert any("6 clips could not be used" in note for note in prepared.split.notes)
+
+
+def test_long_clips_are_covered_by_windows_in_evaluation_and_cropped_in_training(tmp_path):
+    root = tmp_path / "corpus"
+    for label in ("a", "b"):
+        for i in range(6):
+            write_tone(root / label / f"{i}.wav", seconds=0.5 + 0.3 * i, seed=i)
+    split = split_corpus(audio_folder.load(DataArguments(data_dir=str(root))), DataArguments(), 0)
+    extraction = extraction_for(window=8000)
+    prepared = prepare(split, extraction, tmp_path)
+    assert "waveform" in prepared.train.column_names and "waveform" not in prepared.test.column_names
+    for table in (prepared.validation, prepared.test):
+        for clip in set(table["clip"][:].tolist()):
+            seconds = split.clips[int(clip)]["duration"]
+            assert (np.asarray(table["clip"]) == clip).sum() == max(1, -(-round(seconds * 16000) // 8000))
+    batch = Collator(extraction, False, Augmentation())([prepared.train[i] for i in range(len(prepared.train))])
+    assert batch["input_values"].shape == (len(prepared.train), 8000)
+    np.testing.assert_allclose(batch["input_values"].mean(dim=1), 0, atol=1e-4)  # normalised after the crop
+
+
+def test_windows_cover_every_sample_evenly():
+    extraction = extraction_for(window=1000)
+    for num_samples in (1, 999, 1000, 1001, 2000, 2999, 12345):
+        waveform = np.arange(num_samples, dtype=np.float32)
+        windows = extraction.windows(waveform)
+        assert len(windows) == -(-num_samples // 1000)
+        assert set(np.concatenate(windows)) == set(waveform)
+        assert len({len(window) for window in windows}) == 1
+
+
+def test_the_order_depends_on_seed_and_epoch_and_buckets_by_length():
+    lengths = np.random.default_rng(0).integers(1000, 9000, 403)
+    sampler = LengthBucketSampler(lengths, 8, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(403)) and first == list(LengthBucketSampler(lengths, 8, seed=1))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    shuffled = LengthBucketSampler(lengths, 8, seed=1, bucket=False)
+    sampler.set_epoch(0)
+    assert padding_share(sampler, 8) < 0.05 < 0.2 < padding_share(shuffled, 8)
+    # Lengths do not fall within the epoch: the first and last quarter of the steps are alike.
+    means = lengths[first[:400]].reshape(50, 8).mean(axis=1)
+    assert abs(means[:12].mean() - means[-12:].mean()) < 2500
+
+
+def test_dividing_a_step_among_batches_keeps_its_clips():
+    lengths = np.random.default_rng(0).integers(1000, 9000, 64)
+    whole = np.array(list(LengthBucketSampler(lengths, 8, seed=0))).reshape(-1, 8)
+    assert [set(step) for step in whole] == [set(step) for step in whole.reshape(-1, 4, 2).reshape(-1, 8)]
+
+
+def test_a_batch_is_padded_to_its_longest_clip_with_a_mask():
+    rows = [{"input_values": tone(0.1, 200), "labels": 1}, {"input_values": tone(0.2, 200), "labels": 0}]
+    batch = Collator(extraction_for(), True, Augmentation())(rows)
+    assert batch["input_values"].shape == (2, 3200) and batch["labels"].tolist() == [1, 0]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [1600, 3200]
+    assert (batch["input_values"][0, 1600:] == 0).all()
+
+
+def test_augmentation_changes_what_it_says():
+    torch.manual_seed(0)
+    waveform = tone(1.0, 400)
+    assert not Augmentation()
+    lengths = {len(Augmentation(speed=0.1)(waveform, 16000)) for _ in range(50)}
+    assert min(lengths) >= 16000 / 1.1 - 2 and max(lengths) <= 16000 / 0.9 + 2 and len(lengths) > 5
+    louder = Augmentation(gain_db=6.0)(waveform, 16000)
+    assert 10 ** (-6 / 20) <= np.abs(louder).max() / np.abs(waveform).max() <= 10 ** (6 / 20)
+    before = waveform.copy()
+    masked = [int((Augmentation(time_mask_seconds=0.2)(waveform, 16000) == 0).sum()) for _ in range(50)]
+    assert 0 < max(masked) <= 3200
+    np.testing.assert_array_equal(waveform, before)
+
+
+def test_thorsten_is_prepared_whole(thorsten, tmp_path):
+    arguments = DataArguments(dataset_name="thorsten_emotional", data_dir=str(thorsten))
+
+    split = split_corpus(thorsten_loader.load(arguments), arguments, 0)
+    prepared = prepare(split, extraction_for(), tmp_path)
+    assert len(split.clips) == 40 and split.split_by == ["sentence_id"]
+    assert len(prepared.train) == 24
+
+
