@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from speech_emotion.arguments import parse_arguments
 from speech_emotion.augmentation import Augmentation
-from speech_emotion.batching import Collator, LengthBucketSampler, padding_share
+from speech_emotion.batching import Collator, LengthBucketSampler, TrainingRows, padding_share
 from speech_emotion.corpora import load_corpus
 from speech_emotion.errors import run_as_command
 from speech_emotion.features import build_extraction, prepare_splits
@@ -47,6 +47,7 @@ def main(argv=None):
     output_dir = open_output_dir(arguments)
     checkpoint = find_checkpoint(arguments)
     recipe = write_recipe(arguments, output_dir)
+    tracker = Tracker(training)
 
     # Clips, and who of them is heard in training. One process downloads and prepares, the others wait for it.
     with training.main_process_first(desc="loading the corpus"):
@@ -55,9 +56,7 @@ def main(argv=None):
     label_names = split.clips.features["label"].names
 
     # The model, and from it what a clip has to become.
-    model, feature_extractor, window_seconds = build_model(
-        arguments.model, label_names, data.max_length_seconds, training.seed
-    )
+    model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, training.seed)
     extraction = build_extraction(model, feature_extractor, window_seconds)
     augmentation = Augmentation(data.augment_speed, data.augment_gain_db, data.augment_time_mask_seconds)
     with training.main_process_first(desc="extracting features"):
@@ -76,18 +75,15 @@ def main(argv=None):
         sampler=sampler,
         model=model,
         args=training,
-        train_dataset=prepared.train,
+        train_dataset=TrainingRows(prepared.train, training.seed),
         eval_dataset=prepared.validation,
         processing_class=feature_extractor,
         data_collator=Collator(extraction, wants_attention_mask(model.config), augmentation),
-        compute_loss_func=build_loss(
-            train_labels, len(label_names), training.class_weights, training.label_smoothing_factor
-        ),
+        compute_loss_func=build_loss(train_labels, len(label_names), training.class_weights, training.label_smoothing_factor),
         compute_metrics=lambda p: compute_results(evaluate_logits(p.predictions, prepared.validation, label_names)),
         # Some models also return hidden states, which nobody here needs to gather.
         preprocess_logits_for_metrics=lambda logits, labels: logits[0] if isinstance(logits, tuple) else logits,
     )
-    tracker = Tracker(training)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     for callback in (ProgressSentences(), *tracker.callbacks):

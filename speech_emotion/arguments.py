@@ -158,9 +158,7 @@ class DataArguments:
         default=0.0,
         metadata={"help": "Training clips play up to this share faster or slower, which shifts the voice's pitch too."},
     )
-    augment_gain_db: float = field(
-        default=0.0, metadata={"help": "Training clips are up to so many decibels louder or softer."}
-    )
+    augment_gain_db: float = field(default=0.0, metadata={"help": "Training clips are up to so many decibels louder or softer."})
     augment_time_mask_seconds: float = field(
         default=0.0, metadata={"help": "A stretch of up to so many seconds of a training clip is silenced."}
     )
@@ -213,6 +211,9 @@ class SpeechTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="uar", metadata={"help": "What decides which model is best."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: the collator decides."})
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "Trackers: comet_ml, tensorboard, wandb, trackio, ...; by default none."}
+    )
     comet_workspace: str | None = field(default=None, metadata={"help": "Comet workspace; else COMET_WORKSPACE."})
     comet_project: str | None = field(default=None, metadata={"help": "Comet project; else COMET_PROJECT_NAME."})
     tags: list[str] | None = field(default=None, metadata={"help": "Tags of the run in Comet."})
@@ -230,6 +231,7 @@ class SpeechTrainingArguments(TrainingArguments):
             self.use_cpu = True  # else transformers refuses bf16, and accelerate takes each of several processes for one
         if self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.ddp_backend = self.ddp_backend or "gloo"
+        self.report_to = self.report_to or ["none"]
         super().__post_init__()
         self.optim, self.lr_scheduler_type = optim, lr_scheduler_type
 
@@ -248,12 +250,29 @@ def has_fast_bfloat16(use_cpu: bool = False) -> bool:
 
 
 # What `--help` shows of TrainingArguments' 120 fields besides those above; all others are accepted too.
-SHOWN_TRAINING_FIELDS = (
-    "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-    "learning_rate weight_decay warmup_steps lr_scheduler_kwargs max_grad_norm label_smoothing_factor seed fp16 "
-    "use_cpu dataloader_num_workers activation_checkpointing torch_compile report_to run_name push_to_hub hub_model_id "
-    "hub_private_repo"
-).split()
+SHOWN_TRAINING_FIELDS = [
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "lr_scheduler_kwargs",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "seed",
+    "fp16",
+    "use_cpu",
+    "dataloader_num_workers",
+    "activation_checkpointing",
+    "torch_compile",
+    "run_name",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+]
 
 TRAINING_HELP_FOOTER = (
     "Every other field of transformers.TrainingArguments is accepted too:\n"
@@ -345,9 +364,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     if "output_dir" not in {*recipe, *flags}:
         flag_tokens.append(f"--output_dir=runs/{Path(recipe_path).stem if recipe_path else 'run'}")
     try:
-        model, data, training = parser.parse_args_into_dataclasses(
-            args=recipe_tokens + flag_tokens, look_for_args_file=False
-        )
+        model, data, training = parser.parse_args_into_dataclasses(args=recipe_tokens + flag_tokens, look_for_args_file=False)
     except (ValueError, ImportError, TypeError) as error:
         # TrainingArguments checks its values when it is made; the first line is the reason, without our frames.
         raise UserError(f"{recipe_path or 'the command line'}: {error}") from error
@@ -387,7 +404,7 @@ def _load_recipe(path: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
     if not isinstance(recipe, dict):
-        raise UserError(f"{path}: a recipe is one JSON object, {{\"key\": value, ...}}, not a {type(recipe).__name__}.")
+        raise UserError(f'{path}: a recipe is one JSON object, {{"key": value, ...}}, not a {type(recipe).__name__}.')
     return recipe
 
 
@@ -413,9 +430,8 @@ def _check_keys(keys: dict[str, Any], names: set[str], source: str | None) -> No
         if key in SECRET_KEYS:
             raise UserError(
                 f"{source}, key '{key}': a secret here would end in your shell's history, in trackers or in a commit. "
-                f"Set the environment variable {SECRET_KEYS[key]} instead" + (
-                    ", or run `hf auth login`." if SECRET_KEYS[key] == "HF_TOKEN" else "."
-                )
+                f"Set the environment variable {SECRET_KEYS[key]} instead"
+                + (", or run `hf auth login`." if SECRET_KEYS[key] == "HF_TOKEN" else ".")
             )
         if key in names or (key.startswith("no_") and key[3:] in names):
             continue
@@ -449,9 +465,7 @@ def _flag_tokens(key: str, values: list[str], types: dict[str, Any]) -> list[str
     return [f"--{key}", *values]
 
 
-def _check_values(
-    model: ModelArguments, data: DataArguments, training: SpeechTrainingArguments, source: str
-) -> None:
+def _check_values(model: ModelArguments, data: DataArguments, training: SpeechTrainingArguments, source: str) -> None:
     def refuse(key: str, problem: str) -> None:
         raise UserError(f"{source}, key '{key}': {problem}")
 
@@ -464,8 +478,13 @@ def _check_values(
             refuse(key, f"is {getattr(data, key)}, and must lie between 0 and 1.")
     if data.validation_fraction + data.test_fraction >= 1:
         refuse("test_fraction", "and validation_fraction leave nothing to train on: their sum must be below 1.")
-    for key in ("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length_seconds",
-                "preprocessing_num_workers"):
+    for key in (
+        "max_train_samples",
+        "max_eval_samples",
+        "max_predict_samples",
+        "max_length_seconds",
+        "preprocessing_num_workers",
+    ):
         value = getattr(data, key)
         if value is not None and value <= 0:
             refuse(key, f"is {value}, and must be above 0; leave it out for no limit.")
@@ -486,8 +505,15 @@ def resolve_recipe(arguments: Arguments) -> dict[str, Any]:
     What transformers filled in by itself is left to the version that `run.json` names. Secrets are never in it.
     """
     recipe: dict[str, Any] = {}
-    own = {*SpeechTrainingArguments.__annotations__, "seed", "num_train_epochs", "learning_rate",
-           "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
+    own = {
+        *SpeechTrainingArguments.__annotations__,
+        "seed",
+        "num_train_epochs",
+        "learning_rate",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+    }
     for part in (arguments.model, arguments.data, arguments.training):
         for f in fields(part):
             is_ours = not isinstance(part, TrainingArguments) or f.name in own or f.name in arguments.given
@@ -505,10 +531,16 @@ def resolve_recipe(arguments: Arguments) -> dict[str, Any]:
 def describe_environment(arguments: Arguments) -> dict[str, Any]:
     """Returns what else shaped the run: overrides, the code's commit, library versions, machine."""
     root = Path(__file__).parent.parent
-    git = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True, text=True, check=False,
-    ) if (root / ".git").exists() else None
+    git = (
+        subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if (root / ".git").exists()
+        else None
+    )
     device = arguments.training.device
     return {
         "recipe": arguments.recipe_path,

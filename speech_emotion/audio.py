@@ -91,7 +91,7 @@ def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.nda
     """Returns the waveform at the target rate: (num_samples,) -> (ceil(num_samples * target / source),), float32."""
     if source_rate == target_rate:
         return waveform
-    return build_resampler(source_rate, target_rate)(torch.from_numpy(waveform)).numpy()
+    return build_resampler(source_rate, target_rate)(torch.tensor(waveform)).numpy()
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from speech_emotion.audio import resample
 
@@ -29,20 +28,20 @@ class Augmentation:
     def __bool__(self) -> bool:
         return any((self.speed, self.gain_db, self.time_mask_seconds))
 
-    def __call__(self, waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
-        """Returns a changed copy: float32 (num_samples,) -> (other_num_samples,). Draws from torch's global generator."""
+    def __call__(self, waveform: np.ndarray, sampling_rate: int, rng: np.random.Generator) -> np.ndarray:
+        """Returns a changed copy: float32 (num_samples,) -> (other_num_samples,)."""
         if self.speed:
             steps = round(self.speed * SPEED_STEPS)
-            speed = SPEED_STEPS + int(torch.randint(-steps, steps + 1, ()))
+            speed = SPEED_STEPS + int(rng.integers(-steps, steps + 1))
             waveform = resample(waveform, speed, SPEED_STEPS)
         if self.gain_db:
-            gain_db = float(torch.empty(()).uniform_(-self.gain_db, self.gain_db))
+            gain_db = rng.uniform(-self.gain_db, self.gain_db)
             waveform = waveform * np.float32(10 ** (gain_db / 20))
         if self.time_mask_seconds:
-            num_masked = int(torch.randint(0, round(self.time_mask_seconds * sampling_rate) + 1, ()))
+            num_masked = int(rng.integers(0, round(self.time_mask_seconds * sampling_rate) + 1))
             # Never more than half of the clip: a clip masked whole would have a label and no sound.
             num_masked = min(num_masked, len(waveform) // 2)
-            start = int(torch.randint(0, len(waveform) - num_masked + 1, ()))
+            start = int(rng.integers(0, len(waveform) - num_masked + 1))
             waveform = waveform.copy()
             waveform[start : start + num_masked] = 0.0
         return waveform

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from datasets import Dataset as ArrowDataset
+from torch.utils.data import Dataset, Sampler
 
 from speech_emotion.augmentation import Augmentation
 from speech_emotion.features import Extraction
@@ -17,11 +18,15 @@ BATCHES_PER_SORT = 50
 
 
 class LengthBucketSampler(Sampler[int]):
-    """Yields row numbers so that consecutive batches hold clips of similar length, in an order drawn for each epoch.
+    """Yields rows so that consecutive batches hold clips of similar length, in an order drawn for each epoch.
+
+    What it yields is epoch * num_rows + row, which `TrainingRows` takes apart: whatever is random about a row can then
+    be drawn from the epoch and the row, in any worker.
 
     The order depends on the seed and the epoch alone, not on torch's global generator: a resumed run, and every one of
     several processes, sees the same batches. All clips of one optimizer step are alike, however it is divided among
-    processes and accumulated batches, so that these divisions train the same.
+    processes and accumulated batches, so that these divisions train the same. For the same reason each step is whole:
+    the epoch's last one is filled up with clips from its beginning, as torch's DistributedSampler does.
 
     Args:
         lengths: of each row, (num_rows,).
@@ -42,21 +47,49 @@ class LengthBucketSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return -(-len(self.lengths) // self.clips_per_step) * self.clips_per_step
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths))
+        order = np.resize(rng.permutation(len(self.lengths)), len(self))  # repeats from the beginning
         if self.bucket:
             sort_size = self.clips_per_step * BATCHES_PER_SORT
             parts = [order[start : start + sort_size] for start in range(0, len(order), sort_size)]
             order = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
-            steps = [order[start : start + self.clips_per_step] for start in range(0, len(order), self.clips_per_step)]
-            # The incomplete step stays last; the others are shuffled, so that lengths do not fall within an epoch.
-            num_whole = len(order) // self.clips_per_step
-            steps[:num_whole] = [steps[i] for i in rng.permutation(num_whole)]
-            order = np.concatenate(steps)
-        return iter(order.tolist())
+            steps = order.reshape(-1, self.clips_per_step)
+            order = steps[rng.permutation(len(steps))].ravel()  # so that lengths do not fall within an epoch
+        return iter((order + self.epoch * len(self.lengths)).tolist())
+
+
+class TrainingRows(Dataset[dict[str, Any]]):
+    """The training table with, in each row, a random generator of that row and epoch.
+
+    Augmentation and cropping thus neither depend on torch's global generator nor move it: batches that are prepared
+    ahead, by however many workers, are the same in a resumed run.
+
+    Args:
+        table: the prepared training split, in numpy format.
+        seed: of the generators.
+    """
+
+    def __init__(self, table: ArrowDataset, seed: int) -> None:
+        self.table = table
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Returns the rows of one batch; torch's DataLoader prefers this to one call a row."""
+        epochs_and_rows = [divmod(index, len(self.table)) for index in indices]
+        rows = self.table.__getitems__([row for _, row in epochs_and_rows])
+        return [
+            {**values, "rng": np.random.default_rng([self.seed, epoch, row])}
+            for values, (epoch, row) in zip(rows, epochs_and_rows, strict=True)
+        ]
 
 
 @dataclass
@@ -80,7 +113,7 @@ class Collator:
         int64 of shape (batch, num_samples or frames).
         """
         arrays = [
-            self.extraction(self._change(row["waveform"])) if "waveform" in row else row[self.extraction.input_name]
+            self.extraction(self._change(row["waveform"], row["rng"])) if "waveform" in row else row[self.extraction.input_name]
             for row in rows
         ]
         lengths = [len(array) for array in arrays]
@@ -96,19 +129,19 @@ class Collator:
             inputs["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
         return inputs
 
-    def _change(self, waveform: np.ndarray) -> np.ndarray:
+    def _change(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if self.augmentation:
-            waveform = self.augmentation(waveform, self.extraction.sampling_rate)
+            waveform = self.augmentation(waveform, self.extraction.sampling_rate, rng)
         window = self.extraction.window_samples
         if window is not None and len(waveform) > window:
-            start = int(torch.randint(0, len(waveform) - window + 1, ()))
+            start = int(rng.integers(0, len(waveform) - window + 1))
             waveform = waveform[start : start + window]
         return waveform
 
 
 def padding_share(sampler: LengthBucketSampler, batch_size: int) -> float:
     """Returns the share of padding among all samples of one epoch's batches, between 0 and 1."""
-    lengths = sampler.lengths[list(sampler)]
+    lengths = sampler.lengths[np.array(list(sampler)) % len(sampler.lengths)]
     padded = sum(lengths[start : start + batch_size].max() * len(lengths[start : start + batch_size])
                  for start in range(0, len(lengths), batch_size))  # fmt: skip
     return 1 - float(lengths.sum()) / float(padded)

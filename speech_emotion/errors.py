@@ -1,6 +1,6 @@
 """What a user sees when something is wrong: one message, no traceback, and an exit code that a script can read."""
 
-import logging
+import errno
 import os
 import sys
 import time
@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, the shell's convention
 MAX_OFFENDERS_SHOWN = 20
+DISK_FULL_SIGNS = ("No space left on device", "os error 28", "iostream error", "PytorchStreamWriter failed writing")
 SECONDS_FOR_THE_MAIN_PROCESS = 5.0
-
-logger = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -27,6 +26,23 @@ def list_offenders(offenders: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
+def _explain_disk_error(error: BaseException) -> str | None:
+    """Returns what to say of a disk that is full or cannot be written, or None for any other error.
+
+    torch and safetensors report it as errors of their own, with the reason in the text.
+    """
+    full = "No space left on device: free some space or choose another --output_dir; finished checkpoints are kept, and "
+    full += "--resume_from_checkpoint last goes on from there."
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) == errno.ENOSPC or any(sign in str(cause) for sign in DISK_FULL_SIGNS):
+            return full
+        if isinstance(cause, PermissionError) or getattr(cause, "errno", None) == errno.EROFS:
+            return f"{cause.filename}: {cause.strerror}. Choose another folder, or mend its permissions."
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def run_as_command(main: Callable[[], object]) -> None:
     """Runs a script's `main` and turns what a user can put right into a message and an exit code.
 
@@ -38,20 +54,16 @@ def run_as_command(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         message, exit_code = str(error), USER_ERROR_EXIT_CODE
-    except OSError as error:
-        # Only what concerns a file: a network or process failure without a path is reported whole.
-        if error.filename is None and error.errno is None:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror or error}{where}. Free some space or choose another folder, then run again."
-        exit_code = USER_ERROR_EXIT_CODE
-        logger.debug("The operating system refused", exc_info=True)
     except KeyboardInterrupt:
         message = (
             "interrupted. Finished epochs are kept in the output folder: the same command with "
             "--resume_from_checkpoint last goes on from there."
         )
         exit_code = INTERRUPTED_EXIT_CODE
+    except Exception as error:
+        message, exit_code = _explain_disk_error(error), USER_ERROR_EXIT_CODE
+        if message is None:
+            raise
     else:
         return
     if rank != 0:

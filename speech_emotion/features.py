@@ -208,9 +208,7 @@ def prepare_table(
     return concatenate_datasets([Dataset.from_file(str(cache / name)) for name in files])
 
 
-def _map_to_arrow(
-    clips: Dataset, extraction: Extraction, keep_waveform: bool, cache: Path, num_workers: int | None
-) -> None:
+def _map_to_arrow(clips: Dataset, extraction: Extraction, keep_waveform: bool, cache: Path, num_workers: int | None) -> None:
     # In a folder of this process's own, moved into place when whole: two runs may prepare the same at once.
     work = cache.with_name(f"{cache.name}.{os.getpid()}.part")
     shutil.rmtree(work, ignore_errors=True)
@@ -220,9 +218,7 @@ def _map_to_arrow(
     datasets.enable_progress_bars()
     try:
         mapped = numbered.map(
-            functools.partial(
-                _prepare_batch, extraction=extraction, keep_waveform=keep_waveform, is_worker=processes > 1
-            ),
+            functools.partial(_prepare_batch, extraction=extraction, keep_waveform=keep_waveform, is_worker=processes > 1),
             batched=True,
             batch_size=CLIPS_PER_WRITE,
             writer_batch_size=CLIPS_PER_WRITE,
@@ -254,9 +250,10 @@ def _features(extraction: Extraction, keep_waveform: bool) -> Features:
         return Features({**columns, "waveform": ArraySequence(Value("float32"))})
     if example.ndim == 1:
         return Features({**columns, extraction.input_name: ArraySequence(Value("float32"))})
-    fixed = extraction.window_samples is not None and example.shape == extraction(
-        np.zeros(extraction.window_samples, dtype=np.float32)
-    ).shape
+    fixed = (
+        extraction.window_samples is not None
+        and example.shape == extraction(np.zeros(extraction.window_samples, dtype=np.float32)).shape
+    )
     shape = example.shape if fixed else (None, example.shape[1])
     return Features({**columns, extraction.input_name: Array2D(shape, "float32")})
 

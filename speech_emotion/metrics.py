@@ -31,9 +31,7 @@ class _ConfusionMetric(evaluate.Metric):
             description=self.description,
             citation=self.citation,
             inputs_description="predictions and references: class indices, (num_clips,)",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
         )
 
     def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -203,10 +201,7 @@ def compute_intervals(evaluation: Evaluation, clusters: np.ndarray) -> dict[str,
         if not np.isnan(recalls[:, index]).all():
             draws[f"recall_{name}"] = recalls[:, index]
     tail = 100 * (1 - CONFIDENCE) / 2
-    return {
-        name: tuple(float(bound) for bound in np.nanpercentile(values, [tail, 100 - tail]))
-        for name, values in draws.items()
-    }
+    return {name: tuple(float(bound) for bound in np.nanpercentile(values, [tail, 100 - tail])) for name, values in draws.items()}
 
 
 def summarize(evaluation: Evaluation, clips: Dataset, prefix: str) -> dict[str, Any]:

@@ -21,9 +21,7 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adam", "sgd", "rmsprop")
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
-def build_loss(
-    labels: np.ndarray, num_labels: int, class_weights: str, label_smoothing: float
-) -> Callable[..., torch.Tensor]:
+def build_loss(labels: np.ndarray, num_labels: int, class_weights: str, label_smoothing: float) -> Callable[..., torch.Tensor]:
     """Builds the cross-entropy that Trainer takes as `compute_loss_func`.
 
     Args:
@@ -42,9 +40,7 @@ def build_loss(
         counts = np.bincount(labels, minlength=num_labels)
         weight = torch.tensor(len(labels) / (num_labels * np.maximum(counts, 1)), dtype=torch.float32)
 
-    def compute_loss(
-        outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
         logits = outputs["logits"].float()
         losses = nn.functional.cross_entropy(
             logits,
@@ -74,13 +70,13 @@ def build_optimizer(model: PreTrainedModel, training: SpeechTrainingArguments) -
             parameters = [
                 p
                 for name, p in model.named_parameters()
-                if p.requires_grad
-                and name.startswith(HEAD_PREFIXES) == is_head
-                and (name in decayed) == is_decayed
+                if p.requires_grad and name.startswith(HEAD_PREFIXES) == is_head and (name in decayed) == is_decayed
             ]
             if parameters:
                 decay = training.weight_decay if is_decayed else 0.0
-                groups.append({"params": parameters, "lr": head_rate if is_head else training.learning_rate, "weight_decay": decay})
+                groups.append(
+                    {"params": parameters, "lr": head_rate if is_head else training.learning_rate, "weight_decay": decay}
+                )
 
     adam = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
     builders = {

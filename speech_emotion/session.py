@@ -15,7 +15,6 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from speech_emotion.arguments import RECIPE_FILE, RUN_FILE, Arguments, describe_environment, resolve_recipe
 from speech_emotion.corpora.table import SPLITS
@@ -26,6 +25,7 @@ from speech_emotion.report import write_json
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT_STATE = "trainer_state.json"
 # Keys whose change between a checkpoint and its resumption changes nothing that is learnt.
 HARMLESS_KEYS = {"output_dir", "report_to", "run_name", "tags", "comet_workspace", "comet_project", "cache_dir",
                  "preprocessing_num_workers", "overwrite_cache", "logging_steps", "save_total_limit",
@@ -100,14 +100,20 @@ def find_checkpoint(arguments: Arguments) -> str | None:
     if wanted is None:
         return None
     folder = Path(training.output_dir)
-    checkpoint = get_last_checkpoint(str(folder)) if wanted == "last" and folder.is_dir() else wanted
-    if checkpoint in (None, "last"):
+    checkpoint = _last_whole_checkpoint(folder) if wanted == "last" else wanted
+    if checkpoint is None:
         logger.info(f"{folder} has no checkpoint yet: training starts at the beginning.")
         return None
-    if not (Path(checkpoint) / "trainer_state.json").is_file():
+    if not (Path(checkpoint) / CHECKPOINT_STATE).is_file():
         raise UserError(f"key 'resume_from_checkpoint': {checkpoint} is not a checkpoint. Use 'last', or a folder checkpoint-N.")
     _check_same_recipe(Path(checkpoint).parent / RECIPE_FILE, resolve_recipe(arguments))
     return checkpoint
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    # A run that was killed while it saved leaves a checkpoint without the state, which is written last.
+    whole = [path for path in folder.glob("checkpoint-*") if (path / CHECKPOINT_STATE).is_file()]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def _check_same_recipe(path: Path, recipe: dict[str, Any]) -> None:
@@ -128,7 +134,8 @@ def describe_run(arguments: Arguments, prepared: PreparedSplits, model: PreTrain
     names, labels = split.clips.features["label"].names, np.asarray(split.clips["label"])
     lines = [
         f"{len(split.clips)} clips of {arguments.data.dataset_name}, split so that no two splits share a "
-        + (" or ".join(column.removesuffix("_id") for column in split.split_by) if split.split_by else "clip") + ":"
+        + (" or ".join(column.removesuffix("_id") for column in split.split_by) if split.split_by else "clip")
+        + ":"
     ]
     for part in SPLITS:
         rows = split.indices(part)
@@ -142,7 +149,7 @@ def describe_run(arguments: Arguments, prepared: PreparedSplits, model: PreTrain
     precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     threads = f", {torch.get_num_threads()} threads" if training.device.type == "cpu" else ""
     lines.append(
-        f"{model.config.model_type} with {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained, in "
+        f"{model.config.model_type} with {total:,} parameters, {trained:,} of them trained, in "
         f"{precision} on {training.world_size} x {training.device.type}{threads}. {batch} clips an optimizer step, "
         f"of which padding is {num_padded:.1%}."
     )
@@ -168,7 +175,9 @@ class ProgressSentences(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens the bar where training starts or resumes."""
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step", disable=args.disable_tqdm)
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="Training", unit="step", disable=args.disable_tqdm
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Moves the bar on by one optimizer step."""

@@ -84,10 +84,10 @@ def split_corpus(corpus: Dataset | DatasetDict, data: DataArguments, seed: int) 
         splits[pool] = draw_splits(clips.select(pool), split_by, fractions, named, seed)
         dropped = int((splits == "bridge").sum())
         if dropped:
-            notes.append(f"{dropped} of {len(clips)} clips would bridge the splits (speaker of one, sentence of another) and are left out.")
-    for split, limit in zip(
-        SPLITS, (data.max_train_samples, data.max_eval_samples, data.max_predict_samples), strict=True
-    ):
+            notes.append(
+                f"{dropped} of {len(clips)} clips would bridge the splits (speaker of one, sentence of another) and are left out."
+            )
+    for split, limit in zip(SPLITS, (data.max_train_samples, data.max_eval_samples, data.max_predict_samples), strict=True):
         rows = np.flatnonzero(splits == split)
         if limit is not None and limit < len(rows):
             splits[np.random.default_rng(seed).permutation(rows)[limit:]] = "bridge"
@@ -247,9 +247,7 @@ def describe_overlap(split: Split) -> list[str]:
             f"{'is' if heard <= 1 else 'are'} in training as well."
         )
         if column == "speaker_id":
-            sentences.append(
-                "The results are speaker-dependent." if heard else "The results are speaker-independent."
-            )
+            sentences.append("The results are speaker-dependent." if heard else "The results are speaker-independent.")
     return sentences
 
 

@@ -28,10 +28,23 @@ COMET_FOLDER = "comet"
 # What each tracker needs installed, as far as requirements.txt leaves it out.
 PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard", "comet_ml": "comet_ml", "mlflow": "mlflow"}
 
-EVENTS = (
-    "on_train_begin on_train_end on_epoch_begin on_epoch_end on_step_begin on_step_end on_substep_end on_evaluate "
-    "on_predict on_save on_log on_prediction_step on_pre_optimizer_step on_optimizer_step on_init_end"
-).split()
+EVENTS = [
+    "on_train_begin",
+    "on_train_end",
+    "on_epoch_begin",
+    "on_epoch_end",
+    "on_step_begin",
+    "on_step_end",
+    "on_substep_end",
+    "on_evaluate",
+    "on_predict",
+    "on_save",
+    "on_log",
+    "on_prediction_step",
+    "on_pre_optimizer_step",
+    "on_optimizer_step",
+    "on_init_end",
+]
 
 
 class GuardedCallback(TrainerCallback):
@@ -74,7 +87,9 @@ class Tracker:
         self.output_dir = Path(training.output_dir)
         self.experiment = None
         self.callbacks = self._build_callbacks(training)
-        if COMET in training.report_to and training.process_index == 0:
+        uses_comet = COMET in training.report_to
+        training.report_to = []  # else Trainer would build the same callbacks again, unguarded
+        if uses_comet and training.process_index == 0:
             self._guard(lambda: self._start_comet(training))
 
     def _build_callbacks(self, training: SpeechTrainingArguments) -> list[TrainerCallback]:
@@ -94,14 +109,17 @@ class Tracker:
         # COMET_MODE=offline is what Comet's own documentation says, and transformers' callback would log nothing.
         if os.environ.get("COMET_MODE", "").lower() == "offline":
             del os.environ["COMET_MODE"]
-        try:
-            self._open_experiment(training, online)
-        except Exception as error:
-            if not online:
-                raise
-            logger.warning(f"Comet cannot be reached ({str(error).splitlines()[0]}); the experiment is kept offline.")
+        if online:
+            try:
+                self._open_experiment(training, online=True)
+                if self.experiment.alive:
+                    return
+                problem = "no connection"
+            except Exception as error:
+                problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning(f"Comet cannot be reached ({problem}); the experiment is kept offline.")
             os.environ["COMET_START_ONLINE"] = "0"
-            self._open_experiment(training, online=False)
+        self._open_experiment(training, online=False)
 
     def _open_experiment(self, training: SpeechTrainingArguments, online: bool) -> None:
         import comet_ml
@@ -129,7 +147,9 @@ class Tracker:
                 display_summary_level=0,
             ),
         )
-        logger.info(f"Comet experiment: {self.experiment.url}" if online else f"Comet is offline, without COMET_API_KEY: {folder}.")
+        logger.info(
+            f"Comet experiment: {self.experiment.url}" if online else f"Comet is offline, without COMET_API_KEY: {folder}."
+        )
 
     def _guard(self, action: Callable[[], Any]) -> None:
         try:

@@ -22,8 +22,8 @@ for secret in ("HF_TOKEN", "COMET_API_KEY", "WANDB_API_KEY", "COMET_WORKSPACE", 
     os.environ.pop(secret, None)
 
 from transformers import (  # noqa: E402
-    AutoConfig,
     ASTFeatureExtractor,
+    AutoConfig,
     SeamlessM4TFeatureExtractor,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,

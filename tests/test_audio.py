@@ -37,9 +37,7 @@ def test_compressed_formats_need_no_ffmpeg(name, tmp_path):
 
 def test_bytes_are_decoded_like_a_file(tmp_path):
     path = write_tone(tmp_path / "a.wav")
-    np.testing.assert_array_equal(
-        decode({"path": "a.wav", "bytes": path.read_bytes()}, 16000), decode(from_path(path), 16000)
-    )
+    np.testing.assert_array_equal(decode({"path": "a.wav", "bytes": path.read_bytes()}, 16000), decode(from_path(path), 16000))
 
 
 def bad_files(folder):

@@ -12,7 +12,7 @@ from test_audio import bad_files
 import speech_emotion.features as features_module
 from speech_emotion.arguments import DataArguments
 from speech_emotion.augmentation import Augmentation
-from speech_emotion.batching import Collator, LengthBucketSampler, padding_share
+from speech_emotion.batching import Collator, LengthBucketSampler, TrainingRows, padding_share
 from speech_emotion.corpora import audio_folder
 from speech_emotion.corpora import thorsten as thorsten_loader
 from speech_emotion.errors import UserError
@@ -130,7 +130,9 @@ def test_long_clips_are_covered_by_windows_in_evaluation_and_cropped_in_training
         for clip in set(table["clip"][:].tolist()):
             seconds = split.clips[int(clip)]["duration"]
             assert (np.asarray(table["clip"]) == clip).sum() == max(1, -(-round(seconds * 16000) // 8000))
-    batch = Collator(extraction, False, Augmentation())([prepared.train[i] for i in range(len(prepared.train))])
+    batch = Collator(extraction, False, Augmentation())(
+        TrainingRows(prepared.train, 0).__getitems__(list(range(len(prepared.train))))
+    )
     assert batch["input_values"].shape == (len(prepared.train), 8000)
     np.testing.assert_allclose(batch["input_values"].mean(dim=1), 0, atol=1e-4)  # normalised after the crop
 
@@ -149,14 +151,18 @@ def test_the_order_depends_on_seed_and_epoch_and_buckets_by_length():
     lengths = np.random.default_rng(0).integers(1000, 9000, 403)
     sampler = LengthBucketSampler(lengths, 8, seed=1)
     first = list(sampler)
-    assert sorted(first) == list(range(403)) and first == list(LengthBucketSampler(lengths, 8, seed=1))
+    assert (
+        sorted(set(first)) == list(range(403))
+        and len(first) == len(sampler) == 408
+        and first == list(LengthBucketSampler(lengths, 8, seed=1))
+    )
     sampler.set_epoch(1)
     assert list(sampler) != first
     shuffled = LengthBucketSampler(lengths, 8, seed=1, bucket=False)
     sampler.set_epoch(0)
     assert padding_share(sampler, 8) < 0.05 < 0.2 < padding_share(shuffled, 8)
     # Lengths do not fall within the epoch: the first and last quarter of the steps are alike.
-    means = lengths[first[:400]].reshape(50, 8).mean(axis=1)
+    means = lengths[first].reshape(51, 8).mean(axis=1)
     assert abs(means[:12].mean() - means[-12:].mean()) < 2500
 
 
@@ -175,17 +181,33 @@ def test_a_batch_is_padded_to_its_longest_clip_with_a_mask():
 
 
 def test_augmentation_changes_what_it_says():
-    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
     waveform = tone(1.0, 400)
     assert not Augmentation()
-    lengths = {len(Augmentation(speed=0.1)(waveform, 16000)) for _ in range(50)}
+    lengths = {len(Augmentation(speed=0.1)(waveform, 16000, rng)) for _ in range(50)}
     assert min(lengths) >= 16000 / 1.1 - 2 and max(lengths) <= 16000 / 0.9 + 2 and len(lengths) > 5
-    louder = Augmentation(gain_db=6.0)(waveform, 16000)
+    louder = Augmentation(gain_db=6.0)(waveform, 16000, rng)
     assert 10 ** (-6 / 20) <= np.abs(louder).max() / np.abs(waveform).max() <= 10 ** (6 / 20)
     before = waveform.copy()
-    masked = [int((Augmentation(time_mask_seconds=0.2)(waveform, 16000) == 0).sum()) for _ in range(50)]
+    masked = [int((Augmentation(time_mask_seconds=0.2)(waveform, 16000, rng) == 0).sum()) for _ in range(50)]
     assert 0 < max(masked) <= 3200
     np.testing.assert_array_equal(waveform, before)
+
+
+def test_what_is_random_about_a_row_depends_on_seed_epoch_and_row_alone(tone_folder, tmp_path):
+    prepared = prepare(tone_split(tone_folder), extraction_for(), tmp_path, random_training=True)
+    collate = Collator(extraction_for(), False, Augmentation(gain_db=10, time_mask_seconds=0.1))
+    sampler = LengthBucketSampler(prepared.train["length"], 4, seed=0)
+    rows = TrainingRows(prepared.train, seed=0)
+    first = list(sampler)
+    state = torch.get_rng_state()
+    batches = [collate(rows.__getitems__(first[i : i + 4]))["input_values"] for i in range(0, len(first), 4)]
+    again = [collate(rows.__getitems__(first[i : i + 4]))["input_values"] for i in reversed(range(0, len(first), 4))]
+    assert all(torch.equal(a, b) for a, b in zip(batches, reversed(again), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+    sampler.set_epoch(1)
+    later = {index % len(rows): index for index in sampler}
+    assert not torch.equal(collate([rows[first[0]]])["input_values"], collate([rows[later[first[0]]]])["input_values"])
 
 
 def test_thorsten_is_prepared_whole(thorsten, tmp_path):
@@ -195,5 +217,3 @@ def test_thorsten_is_prepared_whole(thorsten, tmp_path):
     prepared = prepare(split, extraction_for(), tmp_path)
     assert len(split.clips) == 40 and split.split_by == ["sentence_id"]
     assert len(prepared.train) == 24
-
-

@@ -33,7 +33,7 @@ def scratch(architecture, folder, window=None, **changes):
 
 
 def collate(model, extraction, waveforms):
-    rows = [{"waveform": waveform, "labels": 0} for waveform in waveforms]
+    rows = [{"waveform": waveform, "labels": 0, "rng": None} for waveform in waveforms]
     batch = Collator(extraction, wants_attention_mask(model.config), Augmentation())(rows)
     batch.pop("labels")
     return batch
@@ -66,8 +66,11 @@ def test_architecture_trains_saves_and_serves_the_same_probabilities(architectur
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_clip_gives_the_same_logits_alone_and_in_a_padded_batch(architecture, tmp_path):
-    changes = {"feat_extract_norm": "layer"} if architecture in (
-        "hubert", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-conformer", "wavlm") else {}
+    changes = (
+        {"feat_extract_norm": "layer"}
+        if architecture in ("hubert", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-conformer", "wavlm")
+        else {}
+    )
     model, _, extraction = scratch(architecture, tmp_path, **changes)
     short, long = tone(0.5, 300), tone(0.9, 500)
     with torch.no_grad():

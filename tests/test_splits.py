@@ -127,7 +127,7 @@ def test_a_class_with_one_clip_goes_to_training():
     corpus = Dataset.from_list(records, features=None).cast(lonely.features)
     for seed in range(5):
         split = split_corpus(corpus, DataArguments(), seed)
-        assert "train" == split.clips["split"][len(split.clips) - 1]
+        assert split.clips["split"][len(split.clips) - 1] == "train"
         assert any("no clip of c" in note for note in split.notes)
 
 

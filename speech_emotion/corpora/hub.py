@@ -57,7 +57,9 @@ def _to_common_table(part: Dataset, name: str, data: DataArguments) -> Dataset:
             hint = f" Did you mean --{key} {near[0]}?" if near else f" Name the right one with --{key}."
             raise UserError(f"{name}: there is no column '{column}', but {', '.join(part.column_names)}.{hint}")
     if not isinstance(part.features[data.audio_column_name], Audio):
-        raise UserError(f"{name}: its column '{data.audio_column_name}' holds no audio. Name the right one with --audio_column_name.")
+        raise UserError(
+            f"{name}: its column '{data.audio_column_name}' holds no audio. Name the right one with --audio_column_name."
+        )
 
     audio = part.cast_column(data.audio_column_name, Audio(decode=False)).select_columns([data.audio_column_name])
     audio = audio.rename_column(data.audio_column_name, "audio") if data.audio_column_name != "audio" else audio

@@ -57,7 +57,8 @@ def _load_file(path: Path, split: str | None, data: DataArguments) -> list[Clip]
             near = difflib.get_close_matches(column, list(frame.columns), n=1)
             hint = f" Did you mean --{key} {near[0]}?" if near else f" Name the right one with --{key}."
             raise UserError(f"{path}: there is no column '{column}', but {', '.join(frame.columns)}.{hint}")
-    check_labels(frame[data.label_column_name], str(path)) if frame[data.label_column_name].isna().any() else None
+    if frame[data.label_column_name].isna().any():
+        check_labels(frame[data.label_column_name].astype(object).where(frame[data.label_column_name].notna(), None), str(path))
 
     root = Path(data.data_dir).expanduser() if data.data_dir else path.parent
 
@@ -81,8 +82,8 @@ def _read_table(path: Path) -> pd.DataFrame:
     readers = {
         ".csv": lambda: pd.read_csv(path, dtype=str, encoding="utf-8-sig"),
         ".tsv": lambda: pd.read_csv(path, dtype=str, sep="\t", encoding="utf-8-sig"),
-        ".json": lambda: pd.read_json(path, dtype=False, convert_dates=False),
-        ".jsonl": lambda: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
+        ".json": lambda: pd.read_json(path, dtype=False),
+        ".jsonl": lambda: pd.read_json(path, lines=True, dtype=False),
     }
     if path.suffix.lower() not in readers:
         raise UserError(f"key 'data_files': {path} is none of {', '.join(readers)}.")

@@ -117,8 +117,7 @@ def check_labels(labels: Iterable[str | None], where: str) -> None:
     missing = [i for i, label in enumerate(labels) if label is None or not str(label).strip()]
     if missing:
         raise UserError(
-            f"{where}: {len(missing)} of {len(labels)} clips have no label:\n"
-            + list_offenders(f"row {i + 1}" for i in missing)
+            f"{where}: {len(missing)} of {len(labels)} clips have no label:\n" + list_offenders(f"row {i + 1}" for i in missing)
         )
     classes = sorted({str(label) for label in labels})
     if len(classes) < 2:
@@ -138,9 +137,7 @@ def compile_group_pattern(pattern: str | None) -> re.Pattern[str] | None:
     except re.error as error:
         raise UserError(f"key 'group_pattern': '{pattern}' is not a regular expression ({error}).") from error
     if not {"speaker_id", "sentence_id"} & set(compiled.groupindex):
-        raise UserError(
-            f"key 'group_pattern': '{pattern}' names neither group. Write it as in '(?P<speaker_id>spk\\d+)'."
-        )
+        raise UserError(f"key 'group_pattern': '{pattern}' names neither group. Write it as in '(?P<speaker_id>spk\\d+)'.")
     return compiled
 
 

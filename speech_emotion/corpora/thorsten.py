@@ -143,7 +143,9 @@ def download(url: str, destination: Path, num_bytes: int, md5: str) -> None:
                 break
         except (urllib.error.URLError, OSError) as error:
             if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code not in (408, 429):
-                raise UserError(f"{url}: the server answers {error.code} ({error.reason}). Another mirror: --download_url.") from error
+                raise UserError(
+                    f"{url}: the server answers {error.code} ({error.reason}). Another mirror: --download_url."
+                ) from error
             if isinstance(error, OSError) and not isinstance(error, urllib.error.URLError | ConnectionError | TimeoutError):
                 raise  # the disk, not the network
             problem = error
