@@ -5,7 +5,8 @@ BIN := .venv/bin
 .PHONY: demo test lint format clean
 
 demo: .venv/installed  ## Train, validate and test on the recordings that ship with the repository.
-	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml run_classification.py recipes/demo.json --overwrite_output_dir
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		run_classification.py recipes/demo.json --overwrite_output_dir
 
 test: .venv/installed  ## Run the tests, in as many processes as there are cores.
 	$(BIN)/python -m pytest -q -n auto --dist worksteal

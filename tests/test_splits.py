@@ -59,8 +59,7 @@ def test_both_are_kept_apart_and_bridging_clips_counted():
 
 
 def test_without_groups_clips_are_split_singly_and_it_is_said():
-    split = split_corpus(make_corpus(speakers=0, sentences=0, labels=tuple("abcdefghijklmnopqrst")[:2]).select([0] * 30 + [1] * 30),
-                         DataArguments(), 0)  # fmt: skip
+    split = split_corpus(make_corpus(speakers=0, sentences=0).select([0] * 30 + [1] * 30), DataArguments(), 0)
     assert split.split_by == [] and "Neither speakers nor sentences are known" in split.notes[0]
 
 
