@@ -19,14 +19,14 @@ from speech_emotion.batching import Collator, LengthBucketSampler, TrainingRows,
 from speech_emotion.corpora import load_corpus
 from speech_emotion.errors import run_as_command
 from speech_emotion.features import build_extraction, prepare_splits
-from speech_emotion.metrics import compute_results, evaluate_logits, summarize
+from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, may_skip_parameters, wants_attention_mask
 from speech_emotion.optimization import OPTIMIZERS, build_loss, build_optimizer, build_scheduler
-from speech_emotion.report import draw_figures, format_results, write_history, write_json, write_predictions
 from speech_emotion.session import (
     ProgressSentences,
     describe_run,
     find_checkpoint,
+    finish_run,
     open_output_dir,
     set_up_logging,
     use_all_cores,
@@ -100,19 +100,7 @@ def main(argv=None):
     trainer.save_model()
     validation = evaluate_split(trainer, prepared.validation, label_names, "eval")
     test = evaluate_split(trainer, prepared.test, label_names, "test")
-    eval_results = summarize(validation, prepared.split.clips, "eval")
-    test_results = summarize(test, prepared.split.clips, "test") | {"test_notes": prepared.split.notes}
-    if trainer.is_world_process_zero():
-        for name, results in (("train", train_results), ("eval", eval_results), ("test", test_results)):
-            write_json(output_dir / f"{name}_results.json", results)
-        write_json(output_dir / "all_results.json", train_results | eval_results | test_results)
-        write_predictions(test, prepared.split.clips, output_dir / "predictions.csv")
-        history = write_history(trainer.state.log_history, output_dir / "history.csv")
-        tracker.log_results(test_results, test, draw_figures(test, history, output_dir))
-        logger.info("\n" + format_results(test_results, "test", prepared.split.notes))
-        logger.info(f"\nThe model and all results are in {output_dir}.")
-    tracker.end()
-    return train_results | eval_results | test_results
+    return finish_run(arguments, prepared, train_results, validation, test, trainer.state.log_history, tracker)
 
 
 class EmotionTrainer(Trainer):

@@ -236,6 +236,23 @@ class SpeechTrainingArguments(TrainingArguments):
         self.optim, self.lr_scheduler_type = optim, lr_scheduler_type
 
 
+@dataclass
+class LoopArguments:
+    """What only the hand-written loop is asked."""
+
+    feature_extraction: Literal["map", "on_the_fly"] = field(
+        default="map",
+        metadata={"help": "Features from the cached table, or extracted in the Dataset each time a clip is touched."},
+    )
+    parallel: Literal["auto", "none", "dp", "ddp"] = field(
+        default="auto",
+        metadata={
+            "help": "dp: one process, DataParallel over its GPUs; ddp: one process a device, started by torchrun or "
+            "accelerate launch; auto: ddp where several processes were started, else none."
+        },
+    )
+
+
 def has_fast_bfloat16(use_cpu: bool = False) -> bool:
     """Whether this machine multiplies bfloat16 matrices faster than float32 ones.
 
@@ -289,6 +306,7 @@ class Arguments(NamedTuple):
     given: dict[str, Any]
     recipe_path: str | None
     command_line: list[str]
+    loop: LoopArguments | None = None
 
 
 class _Parser(HfArgumentParser):
@@ -302,10 +320,11 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{self.source}, key '{key.lstrip('-')}': {reason or message}. See --help.")
 
 
-def _build_parser() -> _Parser:
+def _build_parser(with_loop: bool) -> _Parser:
+    own = (ModelArguments, DataArguments, LoopArguments) if with_loop else (ModelArguments, DataArguments)
     parser = _Parser(
-        (ModelArguments, DataArguments, SpeechTrainingArguments),
-        prog="run_classification.py",
+        (*own, SpeechTrainingArguments),
+        prog="run_classification_no_trainer.py" if with_loop else "run_classification.py",
         usage="%(prog)s [recipes/NAME.json] [--key value ...]",
         description="Fine-tunes a pretrained audio model to classify emotion in speech.",
         epilog=TRAINING_HELP_FOOTER,
@@ -313,7 +332,7 @@ def _build_parser() -> _Parser:
         add_help=True,
     )
     shown = {*SHOWN_TRAINING_FIELDS, *SpeechTrainingArguments.__annotations__}
-    shown |= {f.name for cls in (ModelArguments, DataArguments) for f in fields(cls)}
+    shown |= {f.name for cls in own for f in fields(cls)}
     for action in parser._actions:
         if action.dest not in shown | {"help"} or any(name.startswith("--no_") for name in action.option_strings):
             action.help = argparse.SUPPRESS
@@ -323,11 +342,12 @@ def _build_parser() -> _Parser:
     return parser
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
+def parse_arguments(argv: list[str] | None = None, with_loop: bool = False) -> Arguments:
     """Reads `[recipe.json] [--key value ...]`; flags override the recipe.
 
     Args:
         argv: the command line without the program's name; by default `sys.argv[1:]`.
+        with_loop: read the arguments of the hand-written loop too.
 
     Returns:
         The three dataclasses, and what is needed to repeat the run.
@@ -337,7 +357,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
             not belong. The message names the file, the key and the nearest valid key.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _build_parser()
+    parser = _build_parser(with_loop)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         raise SystemExit(0)
@@ -364,12 +384,13 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     if "output_dir" not in {*recipe, *flags}:
         flag_tokens.append(f"--output_dir=runs/{Path(recipe_path).stem if recipe_path else 'run'}")
     try:
-        model, data, training = parser.parse_args_into_dataclasses(args=recipe_tokens + flag_tokens, look_for_args_file=False)
+        parts = parser.parse_args_into_dataclasses(args=recipe_tokens + flag_tokens, look_for_args_file=False)
     except (ValueError, ImportError, TypeError) as error:
         # TrainingArguments checks its values when it is made; the first line is the reason, without our frames.
         raise UserError(f"{recipe_path or 'the command line'}: {error}") from error
+    model, data, *loop, training = parts
     nulls = {key for key, value in recipe.items() if value is None} - set(flags)
-    for part in (model, data, training):
+    for part in parts:
         for f in fields(part):
             if f.name in nulls and f.default is not None:
                 if type(None) not in get_args(types[f.name]):
@@ -379,7 +400,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     # transformers' own name for the last checkpoint is True; ours can be typed.
     if training.resume_from_checkpoint in ("true", "True"):
         training.resume_from_checkpoint = "last"
-    return Arguments(model, data, training, {**recipe, **dict.fromkeys(flags)}, recipe_path, argv)
+    return Arguments(model, data, training, {**recipe, **dict.fromkeys(flags)}, recipe_path, argv, *loop)
 
 
 def _load_recipe(path: str) -> dict[str, Any]:
@@ -493,6 +514,9 @@ def _check_values(model: ModelArguments, data: DataArguments, training: SpeechTr
     for key in data.split_by or []:
         if key not in ("speaker_id", "sentence_id"):
             refuse("split_by", f"'{key}' is not a group: take speaker_id, sentence_id, or both.")
+    best = str(training.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in ("uar", "accuracy", "f1_macro", "loss") and not best.startswith("recall_"):
+        refuse("metric_for_best_model", f"'{best}' is none of uar, accuracy, f1_macro, loss and recall_CLASS.")
     if training.load_best_model_at_end and str(training.eval_strategy.value) == "no":
         refuse("eval_strategy", "'no' leaves no best model to choose: set load_best_model_at_end to false as well.")
     if training.label_smoothing_factor and not 0 <= training.label_smoothing_factor < 1:
@@ -514,7 +538,7 @@ def resolve_recipe(arguments: Arguments) -> dict[str, Any]:
         "per_device_eval_batch_size",
         "gradient_accumulation_steps",
     }
-    for part in (arguments.model, arguments.data, arguments.training):
+    for part in filter(None, (arguments.model, arguments.data, arguments.loop, arguments.training)):
         for f in fields(part):
             is_ours = not isinstance(part, TrainingArguments) or f.name in own or f.name in arguments.given
             value = getattr(part, f.name)

@@ -36,6 +36,15 @@ def read_duration(audio: dict[str, Any]) -> float:
         return float("nan")
 
 
+def count_samples(audio: dict[str, Any], sampling_rate: int) -> int:
+    """Returns how many samples `decode` gives at this rate, from the file's header alone (0 if it cannot be read)."""
+    try:
+        info = soundfile.info(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"])
+    except (soundfile.LibsndfileError, OSError, TypeError):
+        return 0
+    return -(-info.frames * sampling_rate // info.samplerate)
+
+
 def decode(audio: dict[str, Any], sampling_rate: int) -> np.ndarray:
     """Decodes one recording.
 

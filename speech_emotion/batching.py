@@ -9,7 +9,9 @@ import torch
 from datasets import Dataset as ArrowDataset
 from torch.utils.data import Dataset, Sampler
 
+from speech_emotion.audio import BadAudioError, decode
 from speech_emotion.augmentation import Augmentation
+from speech_emotion.errors import UserError
 from speech_emotion.features import Extraction
 
 # Batches are sorted by length within so many of them: enough that neighbours are alike, few enough that batches
@@ -90,6 +92,70 @@ class TrainingRows(Dataset[dict[str, Any]]):
             {**values, "rng": np.random.default_rng([self.seed, epoch, row])}
             for values, (epoch, row) in zip(rows, epochs_and_rows, strict=True)
         ]
+
+
+class ClipDataset(Dataset[dict[str, Any]]):
+    """A Dataset as it is usually written: decode, resample and extract each time a clip is touched.
+
+    Its rows are those of the cached table, and so are its batches; it needs no preparation and no disk.
+
+    Args:
+        clips: the common table.
+        plan: one split's table of `plan_splits`.
+        extraction: of the run.
+        seed: of the rows' random generators.
+    """
+
+    def __init__(self, clips: ArrowDataset, plan: ArrowDataset, extraction: Extraction, seed: int) -> None:
+        self.clips = clips
+        self.plan = plan
+        self.extraction = extraction
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        epoch, row = divmod(index, len(self.plan))
+        planned = self.plan[row]
+        audio = self.clips[int(planned["clip"])]["audio"]
+        try:
+            waveform = decode(audio, self.extraction.sampling_rate)
+        except BadAudioError as error:
+            raise UserError(
+                f"{audio['path']}: {error}. With --feature_extraction map all such clips are found beforehand, and "
+                "--on_bad_audio skip leaves them out."
+            ) from error
+        if planned["window"] < 0:
+            rng = np.random.default_rng([self.seed, epoch, row])
+            return {"waveform": waveform, "rng": rng, "labels": planned["labels"]}
+        window = self.extraction.windows(waveform)[int(planned["window"])]
+        return {self.extraction.input_name: self.extraction(window), "labels": planned["labels"]}
+
+
+class BatchShard:
+    """The batches of one of several processes: each process takes its turn, as accelerate deals them out too.
+
+    Args:
+        sampler: yields the rows of all processes.
+        batch_size: of one process.
+        process_index: which process this is.
+        num_processes: of how many.
+    """
+
+    def __init__(self, sampler: LengthBucketSampler, batch_size: int, process_index: int, num_processes: int) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def __len__(self) -> int:
+        return len(self.sampler) // (self.batch_size * self.num_processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = list(self.sampler)
+        starts = range(self.process_index * self.batch_size, len(rows), self.batch_size * self.num_processes)
+        return (rows[start : start + self.batch_size] for start in starts)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from datasets import Array2D, Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ArraySequence
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
-from speech_emotion.audio import BadAudioError, decode
+from speech_emotion.audio import BadAudioError, count_samples, decode
 from speech_emotion.corpora.table import SPLITS
 from speech_emotion.errors import UserError, list_offenders
 from speech_emotion.modeling import min_num_samples
@@ -50,6 +50,7 @@ class Extraction:
     feature_extractor: SequenceFeatureExtractor
     window_samples: int | None
     min_samples: int
+    _lengths: dict[int, int] = field(default_factory=dict, repr=False)
 
     @property
     def sampling_rate(self) -> int:
@@ -76,12 +77,27 @@ class Extraction:
         batch = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, return_tensors="np")
         return np.asarray(batch[self.input_name][0], dtype=np.float32)
 
+    def length(self, num_samples: int) -> int:
+        """Returns the first dimension of the features of so many samples, without computing them."""
+        if self.window_samples is not None:
+            num_samples = min(num_samples, self.window_samples)
+        num_samples = max(num_samples, self.min_samples)
+        if self.input_name == "input_values" and getattr(self.feature_extractor, "max_length", None) is None:
+            return num_samples
+        if num_samples not in self._lengths:
+            self._lengths[num_samples] = len(self(np.zeros(num_samples, dtype=np.float32)))
+        return self._lengths[num_samples]
+
+    def count_windows(self, num_samples: int) -> int:
+        """Returns how many windows cover so many samples."""
+        return 1 if self.window_samples is None else max(1, -(-num_samples // self.window_samples))
+
     def windows(self, waveform: np.ndarray) -> list[np.ndarray]:
         """Covers a clip with as few windows as possible, evenly spaced; a clip that fits is its only window."""
         num_samples = len(waveform)
-        if self.window_samples is None or num_samples <= self.window_samples:
+        num_windows = self.count_windows(num_samples)
+        if num_windows == 1:
             return [waveform]
-        num_windows = -(-num_samples // self.window_samples)
         starts = np.linspace(0, num_samples - self.window_samples, num_windows).round().astype(int)
         return [waveform[start : start + self.window_samples] for start in starts]
 
@@ -149,6 +165,34 @@ def prepare_splits(
     has_long_clips = len(features) > len(split.clips)  # more windows than clips
     train_source = prepare(keep_waveform=True) if random_training or has_long_clips else features
 
+    return _select_splits(split, features, train_source, num_bad)
+
+
+def plan_splits(split: Split, extraction: Extraction, random_training: bool) -> PreparedSplits:
+    """Returns the same tables as `prepare_splits`, row for row, but without features: nothing is decoded.
+
+    The column `window` says which of the clip's windows a row is (-1: all of the clip, to be cropped or augmented), for a
+    Dataset that extracts in its `__getitem__`.
+    """
+    audio = split.clips["audio"]
+    num_samples = [count_samples(a, extraction.sampling_rate) for a in audio]
+
+    def plan(whole_clips: bool) -> Dataset:
+        columns: dict[str, list[Any]] = {"clip": [], "length": [], "window": [], "error": []}
+        for clip, count in enumerate(num_samples):
+            for window in range(1 if whole_clips else extraction.count_windows(count)):
+                columns["clip"].append(clip)
+                columns["length"].append(count if whole_clips else extraction.length(count))
+                columns["window"].append(-1 if whole_clips else window)
+                columns["error"].append("")
+        return Dataset.from_dict(columns)
+
+    features = plan(whole_clips=False)
+    is_random = random_training or len(features) > len(split.clips)
+    return _select_splits(split, features, plan(whole_clips=True) if is_random else features, 0)
+
+
+def _select_splits(split: Split, features: Dataset, train_source: Dataset, num_bad: int) -> PreparedSplits:
     labels = np.asarray(split.clips["label"])
     tables = {}
     for name in SPLITS:

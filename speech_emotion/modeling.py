@@ -151,6 +151,11 @@ def load_model(model: ModelArguments, config: PretrainedConfig) -> PreTrainedMod
     return loaded
 
 
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Loads into a model, in place, the weights that its `save_pretrained` left in a folder."""
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+
+
 def fit_window(
     model: PreTrainedModel, feature_extractor: SequenceFeatureExtractor, max_length_seconds: float | None
 ) -> float | None:

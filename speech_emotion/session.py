@@ -20,8 +20,10 @@ from speech_emotion.arguments import RECIPE_FILE, RUN_FILE, Arguments, describe_
 from speech_emotion.corpora.table import SPLITS
 from speech_emotion.errors import UserError
 from speech_emotion.features import PreparedSplits
+from speech_emotion.metrics import Evaluation, summarize
 from speech_emotion.modeling import count_parameters
-from speech_emotion.report import write_json
+from speech_emotion.report import draw_figures, format_results, write_history, write_json, write_predictions
+from speech_emotion.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +128,33 @@ def _check_same_recipe(path: Path, recipe: dict[str, Any]) -> None:
     if changed:
         differences = "; ".join(f"{key} was {before.get(key)} and is {recipe.get(key)}" for key in changed)
         raise UserError(f"the checkpoint's run had another recipe: {differences}. Resume with {path}, or start a new run.")
+
+
+def finish_run(
+    arguments: Arguments,
+    prepared: PreparedSplits,
+    train_results: dict[str, Any],
+    validation: Evaluation,
+    test: Evaluation,
+    log_history: list[dict[str, Any]],
+    tracker: Tracker,
+) -> dict[str, Any]:
+    """Writes and shows what a run gave, on the main process, and returns all of it as one flat dictionary."""
+    clips, notes = prepared.split.clips, prepared.split.notes
+    eval_results = summarize(validation, clips, "eval")
+    test_results = summarize(test, clips, "test") | {"test_notes": notes}
+    all_results = train_results | eval_results | test_results
+    if arguments.training.process_index == 0:
+        folder = Path(arguments.training.output_dir)
+        for name, results in (("train", train_results), ("eval", eval_results), ("test", test_results), ("all", all_results)):
+            write_json(folder / f"{name}_results.json", results)
+        write_predictions(test, clips, folder / "predictions.csv")
+        figures = draw_figures(test, write_history(log_history, folder / "history.csv"), folder)
+        tracker.log_results(test_results, test, figures)
+        logger.info("\n" + format_results(test_results, "test", notes))
+        logger.info(f"\nThe model and all results are in {folder}.")
+    tracker.end()
+    return all_results
 
 
 def describe_run(arguments: Arguments, prepared: PreparedSplits, model: PreTrainedModel, num_padded: float) -> str:

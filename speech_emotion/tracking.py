@@ -171,6 +171,11 @@ class Tracker:
         self._guard(lambda: self.experiment.log_table("class_distribution.csv", rows, headers=["class", *SPLITS]))
         self._guard(lambda: self.experiment.log_others({f"notes/{i}": note for i, note in enumerate(split.notes)}))
 
+    def log_scalars(self, scalars: dict[str, float], step: int, epoch: float) -> None:
+        """Logs numbers of one optimizer step or validation, as the hand-written loop does."""
+        if self.experiment is not None:
+            self._guard(lambda: self.experiment.log_metrics(scalars, step=step, epoch=epoch))
+
     def log_results(self, results: dict[str, Any], evaluation: Evaluation, figures: list[Path]) -> None:
         """Logs the test's results, confusion matrix and figures."""
         if self.experiment is None:
