@@ -10,9 +10,10 @@ import tarfile
 
 import pandas as pd
 import pytest
-from conftest import GROUPS, ROOT, STYLES, make_thorsten, write_tone
+from conftest import GROUPS, ROOT, STYLES, make_thorsten, tiny_config, tiny_extractor, write_tone
 from datasets import Audio, ClassLabel, Dataset
 from loopback import file_handler, hub_handler, serve
+from transformers import AutoModel
 
 from speech_emotion.arguments import DataArguments
 from speech_emotion.corpora import audio_folder, manifest, polish, thorsten
@@ -270,11 +271,19 @@ else:
 """
 
 
+def hub_environment(address, folder):
+    environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    return environment | {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(folder / "home"),
+        "NO_PROXY": "127.0.0.1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
 def run_hub(address, name, cache, label="label"):
     # In a process of its own: huggingface_hub reads its endpoint when it is imported.
-    environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
-    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(cache / "home"), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", HUB_PROGRAM, name, str(cache), label], cwd=ROOT, env=environment,
+    done = subprocess.run([sys.executable, "-c", HUB_PROGRAM, name, str(cache), label], cwd=ROOT, env=hub_environment(address, cache),
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -301,6 +310,31 @@ def test_a_hub_data_set_in_parquet_and_one_of_audio_files(tmp_path):
         assert found["rows"] == 4 and found["names"] == ["happy", "sad"] and found["splits"] is None
         assert "no column 'emotion'" in run_hub(address, "user/parquet", tmp_path / "a", "emotion")["error"]
         assert "'user/none' is not found" in run_hub(address, "user/none", tmp_path / "c")["error"]
+
+
+MODEL_PROGRAM = """
+import sys
+from speech_emotion.arguments import ModelArguments
+from speech_emotion.modeling import build_model
+arguments = ModelArguments(model_name_or_path="user/tiny", cache_dir=sys.argv[1])
+model, extractor, _ = build_model(arguments, ["a", "b", "c"], None, 0)
+weight = model.wav2vec2.encoder.layers[0].attention.k_proj.weight.sum().item()
+print(model.config.num_labels, weight, extractor.sampling_rate)
+"""
+
+
+def test_a_model_loads_by_its_hub_id(tmp_path):
+    model = AutoModel.from_config(tiny_config("wav2vec2"))
+    model.save_pretrained(tmp_path / "tiny")
+    tiny_extractor("wav2vec2").save_pretrained(tmp_path / "tiny")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
+    with serve(hub_handler({"models/user/tiny": files})) as address:
+        done = subprocess.run([sys.executable, "-c", MODEL_PROGRAM, str(tmp_path / "cache")], cwd=ROOT, timeout=120,
+                              env=hub_environment(address, tmp_path), capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    labels, weight, rate = done.stdout.split()
+    expected = model.encoder.layers[0].attention.k_proj.weight.sum().item()
+    assert (labels, rate) == ("3", "16000") and float(weight) == pytest.approx(expected)
 
 
 def test_a_misspelt_corpus_is_told_its_name(tmp_path):
