@@ -93,10 +93,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     pairs = zip(measured["by hand"], measured["Trainer"], strict=True)
     ratio = statistics.median(hand["train_runtime"] / trainer["train_runtime"] for hand, trainer in pairs)
     difference = draw(folders, arguments.folder / "loss_curves.png")
-    verdict = "as fast as" if abs(ratio - 1) <= TOLERANCE else "slower than" if ratio > 1 else "faster than"
-    print(
-        f"By hand takes {ratio:.3f} of Trainer's time (median of {arguments.rounds} rounds): {verdict} it, within {TOLERANCE:.0%}."
-    )
+    verdict = "as fast" if abs(ratio - 1) <= TOLERANCE else "slower" if ratio > 1 else "faster"
+    print(f"By hand takes {ratio:.3f} of Trainer's time (median of {arguments.rounds}): {verdict}, to within {TOLERANCE:.0%}.")
     print(f"Largest difference of a step's loss: {difference:.2e}. Curves: {arguments.folder / 'loss_curves.png'}")
     return {"time_ratio": ratio, "largest_loss_difference": difference}
 

@@ -283,8 +283,8 @@ def hub_environment(address, folder):
 
 def run_hub(address, name, cache, label="label"):
     # In a process of its own: huggingface_hub reads its endpoint when it is imported.
-    done = subprocess.run([sys.executable, "-c", HUB_PROGRAM, name, str(cache), label], cwd=ROOT, env=hub_environment(address, cache),
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", HUB_PROGRAM, name, str(cache), label], cwd=ROOT, timeout=120,
+                          env=hub_environment(address, cache), capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
