@@ -79,7 +79,7 @@ def open_output_dir(arguments: Arguments) -> Path:
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"key 'output_dir': {folder} cannot be written ({error.strerror}). Choose another folder.") from error
-    has_run = (folder / RECIPE_FILE).exists() or any(folder.glob("checkpoint-*"))
+    has_run = (folder / "all_results.json").exists() or any(folder.glob("checkpoint-*"))
     if has_run and training.resume_from_checkpoint is None:
         if not training.overwrite_output_dir:
             raise UserError(
