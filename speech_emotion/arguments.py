@@ -137,6 +137,13 @@ class DataArguments:
         default=False,
         metadata={"help": "Accept given splits that share groups; the results then say so."},
     )
+    train_on_validation: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on the validation clips as well, once all else is chosen. Validation then measures nothing, "
+            "so the last model is taken instead of the best."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many clips."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Validate on at most so many clips."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Test on at most so many clips."})
@@ -397,6 +404,8 @@ def parse_arguments(argv: list[str] | None = None, with_loop: bool = False) -> A
                     raise UserError(f"{recipe_path}, key '{f.name}': null is not a value that it can take.")
                 setattr(part, f.name, None)
     _check_values(model, data, training, recipe_path or "the command line")
+    if data.train_on_validation:
+        training.load_best_model_at_end = False
     # transformers' own name for the last checkpoint is True; ours can be typed.
     if training.resume_from_checkpoint in ("true", "True"):
         training.resume_from_checkpoint = "last"
@@ -514,6 +523,8 @@ def _check_values(model: ModelArguments, data: DataArguments, training: SpeechTr
     for key in data.split_by or []:
         if key not in ("speaker_id", "sentence_id"):
             refuse("split_by", f"'{key}' is not a group: take speaker_id, sentence_id, or both.")
+    if data.train_on_validation and training.early_stopping_patience is not None:
+        refuse("early_stopping_patience", "has nothing to go by with train_on_validation: leave one of them out.")
     best = str(training.metric_for_best_model or "loss").removeprefix("eval_")
     if best not in ("uar", "accuracy", "f1_macro", "loss") and not best.startswith("recall_"):
         refuse("metric_for_best_model", f"'{best}' is none of uar, accuracy, f1_macro, loss and recall_CLASS.")

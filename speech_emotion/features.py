@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,8 @@ def _select_splits(split: Split, features: Dataset, train_source: Dataset, num_b
     for name in SPLITS:
         source = train_source if name == "train" else features
         clip = np.asarray(source["clip"])
-        rows = np.flatnonzero(np.isin(clip, split.indices(name)))
+        wanted = np.concatenate([split.indices(part) for part in (split.trained if name == "train" else [name])])
+        rows = np.flatnonzero(np.isin(clip, wanted))
         if name != "train":
             rows = rows[np.argsort(np.asarray(source["length"])[rows], kind="stable")]
         part = source.select(rows).remove_columns("error").add_column("labels", labels[clip[rows]])
@@ -224,7 +225,8 @@ def set_bad_clips_apart(split: Split, features: Dataset, on_bad_audio: str) -> t
     logger.warning(message)
     splits = ["unusable" if row in bad else name for row, name in enumerate(split.clips["split"])]
     clips = split.clips.remove_columns("split").add_column("split", splits)
-    left = Split(clips, split.split_by, split.leaked, [*split.notes, f"{len(bad)} clips could not be used and are left out."])
+    notes = [*split.notes, f"{len(bad)} clips could not be used and are left out."]
+    left = replace(split, clips=clips, notes=notes)
     check_labels_are_learnable(left)
     return left, len(bad)
 

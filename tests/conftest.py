@@ -18,6 +18,11 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
 )
+# Each of pytest-xdist's workers keeps to a core of its own: several processes that each use all cores spend most of their
+# time waiting for one another.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 for secret in ("HF_TOKEN", "COMET_API_KEY", "WANDB_API_KEY", "COMET_WORKSPACE", "COMET_PROJECT_NAME"):
     os.environ.pop(secret, None)
 

@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -170,6 +171,19 @@ def test_the_loop_resumes_to_the_same_weights(tone_folder, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
     both = [pd.read_csv(tmp_path / name / "history.csv")["eval_loss"] for name in ("whole", "stopped")]
     np.testing.assert_array_equal(*both)
+
+
+def test_the_loop_tells_comet_by_hand(tone_folder, tmp_path):
+    argv = loop_flags(tmp_path, tone_folder, report_to="comet_ml", tags="by_hand")
+    done = subprocess.run([sys.executable, str(ROOT / "run_classification_no_trainer.py"), *argv], cwd=ROOT, env=ENVIRONMENT,
+                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (archive,) = (tmp_path / "out" / "comet").glob("*.zip")
+    with zipfile.ZipFile(archive) as opened:
+        everything = b"".join(opened.read(name) for name in opened.namelist())
+    for promised in (b"by_hand", b"recipe/learning_rate", b"confusion-matrix", b"eval_loss", b"eval_accuracy", b"eval_uar"):
+        assert promised in everything, promised
+    assert everything.count(b'"grad_norm"') >= STEPS  # each step
 
 
 def test_early_stopping_stops(tone_folder, tmp_path):

@@ -10,7 +10,7 @@ from conftest import GROUPS, tiny_extractor, tone, write_tone
 from test_audio import bad_files
 
 import speech_emotion.features as features_module
-from speech_emotion.arguments import DataArguments
+from speech_emotion.arguments import DataArguments, parse_arguments
 from speech_emotion.augmentation import Augmentation
 from speech_emotion.batching import Collator, LengthBucketSampler, TrainingRows, padding_share
 from speech_emotion.corpora import audio_folder
@@ -88,6 +88,17 @@ def test_a_preparation_that_broke_off_is_done_again(tone_folder, tmp_path):
     (cache / "index.json").unlink()
     (cache / files[0]).write_bytes(b"half")
     assert len(prepare(split, extraction_for(), tmp_path).train) == 18
+
+
+def test_validation_clips_are_trained_on_when_asked_and_it_is_said(tone_folder, tmp_path):
+    data = DataArguments(data_dir=str(tone_folder), group_pattern=GROUPS, train_on_validation=True)
+    split = split_corpus(audio_folder.load(data), data, 0)
+    prepared = prepare(split, extraction_for(), tmp_path)
+    assert (len(prepared.train), len(prepared.validation), len(prepared.test)) == (24, 6, 6)
+    assert not set(prepared.train["clip"][:].tolist()) & set(prepared.test["clip"][:].tolist())
+    assert any("trained on as well" in note for note in split.notes)
+    arguments = parse_arguments(["recipes/demo.json", "--output_dir", str(tmp_path), "--train_on_validation"])
+    assert arguments.training.load_best_model_at_end is False
 
 
 def test_several_processes_prepare_the_same(tone_folder, tmp_path):
