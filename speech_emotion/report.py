@@ -83,13 +83,15 @@ def draw_figures(evaluation: Evaluation, history: pd.DataFrame, folder: Path) ->
         if name in history:
             points = history[["epoch", name]].dropna()
             title = {"loss": "training", "eval_loss": "validation", "eval_uar": "UAR", "eval_accuracy": "accuracy"}[name]
-            axes.plot(points["epoch"], points[name], label=title, marker="o" if len(points) < 30 else None, markersize=3)
+            style = "--" if name == "eval_accuracy" else "-"  # on balanced splits it lies on the UAR
+            axes.plot(points["epoch"], points[name], style, label=title, marker="o" if len(points) < 30 else None, markersize=3)
     for axes, title in ((left, "Loss"), (right, "Validation")):
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
+    right.set_ylim(0, 1)
     figure.tight_layout()
     figure.savefig(paths[1], dpi=150)
     plt.close(figure)
