@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from speech_emotion.errors import UserError
 
@@ -227,6 +228,12 @@ class SpeechTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         optim, lr_scheduler_type = self.optim, self.lr_scheduler_type
+        for key, own, theirs in (("optim", ("adam",), OptimizerNames), ("lr_scheduler_type", TORCH_SCHEDULES, SchedulerType)):
+            known = [*own, *(member.value for member in theirs)]
+            if getattr(self, key) not in known:
+                near = difflib.get_close_matches(getattr(self, key), known, n=1)
+                hint = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(known)}."
+                raise ValueError(f"key '{key}': there is no '{getattr(self, key)}'. {hint}")
         # transformers accepts only its own names; ours are put back below and read by optimization.py.
         if optim == "adam":
             self.optim = "adamw_torch"
@@ -394,7 +401,8 @@ def parse_arguments(argv: list[str] | None = None, with_loop: bool = False) -> A
         parts = parser.parse_args_into_dataclasses(args=recipe_tokens + flag_tokens, look_for_args_file=False)
     except (ValueError, ImportError, TypeError) as error:
         # TrainingArguments checks its values when it is made; the first line is the reason, without our frames.
-        raise UserError(f"{recipe_path or 'the command line'}: {error}") from error
+        sources = [source for source, given in ((recipe_path, recipe), ("the command line", flags)) if given]
+        raise UserError(f"{' with '.join(sources)}: {error}") from error
     model, data, *loop, training = parts
     nulls = {key for key, value in recipe.items() if value is None} - set(flags)
     for part in parts:
