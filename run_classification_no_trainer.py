@@ -98,6 +98,8 @@ def main(argv=None):
 
     # Model on its device, wrapped where several devices share the work; `model` stays the plain one, which is saved.
     model.to(args.device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     wrapped = wrap(model, arguments)
     labels = prepared.train["labels"][:]
     compute_loss = build_loss(labels, len(label_names), args.class_weights, args.label_smoothing_factor)
@@ -144,8 +146,9 @@ def main(argv=None):
     bar = tqdm(total=num_steps, initial=state["global_step"], desc="Training", unit="step", disable=args.process_index != 0)
     start_time, first_step = time.perf_counter(), state["global_step"]
     total_loss = torch.zeros((), device=args.device)
+    patience = math.inf if args.early_stopping_patience is None else args.early_stopping_patience
 
-    while state["global_step"] < num_steps:
+    while state["global_step"] < num_steps and state["bad_epochs"] < patience:
         sampler.set_epoch(state["epoch"])
         batches = iter(train_loader)
         for _ in range(min(steps_per_epoch, num_steps - state["global_step"])):
@@ -185,13 +188,14 @@ def main(argv=None):
                 state["log_history"].append(entry)
                 tracker.log_scalars(entry, state["global_step"], epoch)
 
-        # Validate, remember the best, save, and stop when nothing gets better.
+        # Validate, remember the best, and save; the loop ends when nothing has got better for long enough.
         state["epoch"] += 1
         evaluation, eval_loss = evaluate("validation")
         metrics = {"eval_loss": eval_loss} | {f"eval_{name}": value for name, value in compute_results(evaluation).items()}
         state["log_history"].append(metrics | {"epoch": state["epoch"], "step": state["global_step"]})
         tracker.log_scalars(metrics, state["global_step"], state["epoch"])
-        bar.write(f"Epoch {state['epoch']}: validation loss {eval_loss:.3f}, UAR {metrics['eval_uar']:.3f}")
+        if args.process_index == 0:
+            bar.write(f"Epoch {state['epoch']}: validation loss {eval_loss:.3f}, UAR {metrics['eval_uar']:.3f}")
         metric = metrics[f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
         folder = output_dir / f"checkpoint-{state['global_step']}"
         is_better = state["best_metric"] is None or (
@@ -202,8 +206,6 @@ def main(argv=None):
         else:
             state["bad_epochs"] += 1
         save_checkpoint(folder, state, model, feature_extractor, optimizer, scheduler, scaler, args)
-        if args.early_stopping_patience is not None and state["bad_epochs"] >= args.early_stopping_patience:
-            break
     bar.close()
 
     # The best model, by validation; the test split is touched here, once.
@@ -228,6 +230,9 @@ def check_supported(arguments):
         if getattr(value, "value", value) not in allowed:
             known = " and ".join(map(str, allowed))
             raise UserError(f"key '{key}': the hand-written loop knows {known} only. Use run_classification.py.")
+    for key in ("push_to_hub", "torch_compile", "deepspeed", "fsdp", "auto_find_batch_size", "neftune_noise_alpha"):
+        if getattr(training, key):
+            raise UserError(f"key '{key}': the hand-written loop does not do that. Use run_classification.py.")
     if parallel == "ddp" and training.world_size == 1:
         raise UserError("key 'parallel': ddp needs several processes; start with torchrun or accelerate launch.")
     if parallel in ("none", "dp") and training.world_size > 1:

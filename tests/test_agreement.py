@@ -186,6 +186,12 @@ def test_the_loop_tells_comet_by_hand(tone_folder, tmp_path):
     assert everything.count(b'"grad_norm"') >= STEPS  # each step
 
 
+def test_recomputed_activations_change_nothing(tone_folder, tmp_path):
+    for name in ("true", "false"):
+        run_classification_no_trainer.main(loop_flags(tmp_path, tone_folder, out=name, activation_checkpointing=name))
+    assert_same_weights(tmp_path / "true", tmp_path / "false", rtol=0, atol=1e-5)
+
+
 def test_early_stopping_stops(tone_folder, tmp_path):
     results = run_classification_no_trainer.main(
         flags(tmp_path, tone_folder, num_train_epochs=30, learning_rate=1e-9, early_stopping_patience=2)
@@ -197,6 +203,7 @@ def test_what_the_loop_does_not_know_is_refused(tone_folder, tmp_path):
     for change, message in (
         ({"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps"}, "key 'eval_strategy': the hand-written loop"),
         ({"report_to": "tensorboard"}, "key 'report_to'"),
+        ({"push_to_hub": "true"}, "key 'push_to_hub': the hand-written loop does not do that"),
         ({"parallel": "ddp"}, "key 'parallel': ddp needs several processes"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
