@@ -62,7 +62,7 @@ def main(argv=None):
     with training.main_process_first(desc="extracting features"):
         prepared = prepare_splits(
             split, extraction, bool(augmentation), data.on_bad_audio,
-            arguments.model.cache_dir, data.preprocessing_num_workers, data.overwrite_cache,
+            arguments.model.cache_dir, data.preprocessing_num_workers, data.overwrite_cache and training.local_process_index == 0,
         )  # fmt: skip
 
     # Training: our batches, loss, optimizer and schedule in transformers' loop.

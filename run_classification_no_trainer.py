@@ -79,7 +79,7 @@ def main(argv=None):
         with args.main_process_first(desc="extracting features"):
             prepared = prepare_splits(
                 split, extraction, bool(augmentation), data.on_bad_audio,
-                arguments.model.cache_dir, data.preprocessing_num_workers, data.overwrite_cache,
+                arguments.model.cache_dir, data.preprocessing_num_workers, data.overwrite_cache and args.local_process_index == 0,
             )  # fmt: skip
         rows = {"train": TrainingRows(prepared.train, args.seed), "validation": prepared.validation, "test": prepared.test}
     else:
@@ -264,18 +264,19 @@ def save_checkpoint(folder, state, model, feature_extractor, optimizer, schedule
     torch.save(rng, folder / f"rng_{training.process_index}.pt")
     if training.world_size > 1:
         dist.barrier()
-    if training.process_index != 0:
-        return
-    model.save_pretrained(folder)
-    feature_extractor.save_pretrained(folder)
-    progress = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    torch.save({name: part.state_dict() for name, part in progress.items()}, folder / "progress.pt")
-    write_json(folder / CHECKPOINT_STATE, state)
-    older = sorted(folder.parent.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    spare = [path for path in older if path != folder and str(path) != state["best_model_checkpoint"]]
-    if training.save_total_limit is not None:
-        for path in spare[: max(0, len(older) - training.save_total_limit)]:
-            shutil.rmtree(path)
+    if training.process_index == 0:
+        model.save_pretrained(folder)
+        feature_extractor.save_pretrained(folder)
+        progress = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        torch.save({name: part.state_dict() for name, part in progress.items()}, folder / "progress.pt")
+        write_json(folder / CHECKPOINT_STATE, state)
+        saved = sorted(folder.parent.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        spare = [path for path in saved if path != folder and str(path) != state["best_model_checkpoint"]]
+        if training.save_total_limit is not None:
+            for path in spare[: max(0, len(saved) - training.save_total_limit)]:
+                shutil.rmtree(path)
+    if training.world_size > 1:
+        dist.barrier()  # no process reads a checkpoint that the main one is still writing
 
 
 def load_checkpoint(checkpoint, model, optimizer, scheduler, scaler, training):

@@ -39,7 +39,7 @@ def set_up_logging(arguments: Arguments) -> None:
     is_main = arguments.training.process_index == 0
     level = logging.INFO if is_main else logging.ERROR
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stdout, force=True)
-    for name in ("speech_emotion", "run_classification", "__main__"):
+    for name in ("speech_emotion", "run_classification", "run_classification_no_trainer"):
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()

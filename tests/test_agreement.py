@@ -99,9 +99,12 @@ def torchrun(argv, *launcher):
 
 
 def assert_trains_as_one_process(tmp_path, tone_folder, processes):
+    outputs = []
     for process in processes:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output[-3000:]
+        outputs.append(output)
+    assert "".join(outputs).count("on 2 x cpu") == "".join(outputs).count("Test results on") == 1
     one = run_classification_no_trainer.main(parallel_flags(tmp_path, tone_folder, "one", 4))
     two = json.loads((tmp_path / "two" / "all_results.json").read_text())
     steps = history(tmp_path / "one") - history(tmp_path / "two")
