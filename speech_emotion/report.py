@@ -14,8 +14,6 @@ from speech_emotion.splits import clip_names
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS_FILE = "predictions.csv"
-HISTORY_FILE = "history.csv"
 TITLES = {"accuracy": "Accuracy", "uar": "UAR", "f1_macro": "Macro F1"}
 
 

@@ -35,7 +35,7 @@ HARMLESS_KEYS = {"output_dir", "report_to", "run_name", "tags", "comet_workspace
 
 
 def set_up_logging(arguments: Arguments) -> None:
-    """Shows this project's sentences on the main process, and the libraries' warnings nowhere but in debug runs."""
+    """Shows this project's sentences on the main process, and none of the libraries' noise."""
     is_main = arguments.training.process_index == 0
     level = logging.INFO if is_main else logging.ERROR
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stdout, force=True)
@@ -62,7 +62,7 @@ def use_all_cores(arguments: Arguments) -> None:
 
 
 def open_output_dir(arguments: Arguments) -> Path:
-    """Creates the output folder, or finds that it may be used, and writes the recipe into it.
+    """Creates the output folder, or finds that it may be used; starting over deletes its old checkpoints.
 
     Raises:
         UserError: it cannot be written, or holds a run that is neither resumed nor overwritten.
