@@ -21,7 +21,7 @@ from speech_emotion.corpora.table import SPLITS
 from speech_emotion.errors import UserError
 from speech_emotion.features import PreparedSplits
 from speech_emotion.metrics import Evaluation, summarize
-from speech_emotion.modeling import count_parameters
+from speech_emotion.modeling import FIXED_WINDOW_TYPES, count_parameters
 from speech_emotion.report import draw_figures, format_results, write_history, write_json, write_predictions
 from speech_emotion.tracking import Tracker
 
@@ -177,10 +177,11 @@ def describe_run(arguments: Arguments, prepared: PreparedSplits, model: PreTrain
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     threads = f", {torch.get_num_threads()} threads" if training.device.type == "cpu" else ""
+    is_fixed = model.config.model_type in FIXED_WINDOW_TYPES  # their batches need no padding, since every clip has its own
     lines.append(
         f"{model.config.model_type} with {total:,} parameters, {trained:,} of them trained, in "
         f"{precision} on {training.world_size} x {training.device.type}{threads}. {batch} clips an optimizer step, "
-        f"of which padding is {num_padded:.1%}."
+        + ("each padded to the model's whole window." if is_fixed else f"of which padding is {num_padded:.1%}.")
     )
     lines.append(f"Everything goes to {training.output_dir}.")
     return "\n".join(lines)
