@@ -19,6 +19,7 @@ from speech_emotion.batching import Collator, LengthBucketSampler, TrainingRows,
 from speech_emotion.corpora import load_corpus
 from speech_emotion.errors import run_as_command
 from speech_emotion.features import build_extraction, prepare_splits
+from speech_emotion.frozen import cache_frozen
 from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, may_skip_parameters, wants_attention_mask
 from speech_emotion.optimization import OPTIMIZERS, build_loss, build_optimizer, build_scheduler
@@ -59,11 +60,15 @@ def main(argv=None):
     model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, training.seed)
     extraction = build_extraction(model, feature_extractor, window_seconds)
     augmentation = Augmentation(data.augment_speed, data.augment_gain_db, data.augment_time_mask_seconds)
+    overwrite = data.overwrite_cache and training.local_process_index == 0
     with training.main_process_first(desc="extracting features"):
         prepared = prepare_splits(
             split, extraction, bool(augmentation), data.on_bad_audio,
-            arguments.model.cache_dir, data.preprocessing_num_workers, data.overwrite_cache and training.local_process_index == 0,
+            arguments.model.cache_dir, data.preprocessing_num_workers, overwrite,
         )  # fmt: skip
+    collate = Collator(extraction, wants_attention_mask(model.config), augmentation)
+    with training.main_process_first(desc="computing what is frozen"):
+        prepared, collate, layer_scores = cache_frozen(model, prepared, collate, arguments.model, training, overwrite)
 
     # Training: our batches, loss, optimizer and schedule in transformers' loop.
     clips_per_step = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
@@ -78,7 +83,7 @@ def main(argv=None):
         train_dataset=TrainingRows(prepared.train, training.seed),
         eval_dataset=prepared.validation,
         processing_class=feature_extractor,
-        data_collator=Collator(extraction, wants_attention_mask(model.config), augmentation),
+        data_collator=collate,
         compute_loss_func=build_loss(train_labels, len(label_names), training.class_weights, training.label_smoothing_factor),
         compute_metrics=lambda p: compute_results(evaluate_logits(p.predictions, prepared.validation, label_names)),
         # Some models also return hidden states, which nobody here needs to gather.
@@ -100,7 +105,7 @@ def main(argv=None):
     trainer.save_model()
     validation = evaluate_split(trainer, prepared.validation, label_names, "eval")
     test = evaluate_split(trainer, prepared.test, label_names, "test")
-    return finish_run(arguments, prepared, train_results, validation, test, trainer.state.log_history, tracker)
+    return finish_run(arguments, prepared, train_results, validation, test, trainer.state.log_history, tracker, layer_scores)
 
 
 class EmotionTrainer(Trainer):

@@ -33,6 +33,7 @@ from speech_emotion.corpora import load_corpus
 from speech_emotion.corpora.table import SPLITS
 from speech_emotion.errors import UserError, run_as_command
 from speech_emotion.features import build_extraction, plan_splits, prepare_splits
+from speech_emotion.frozen import cache_frozen
 from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, load_weights, may_skip_parameters, wants_attention_mask
 from speech_emotion.optimization import build_loss, build_optimizer, build_scheduler
@@ -75,17 +76,22 @@ def main(argv=None):
     augmentation = Augmentation(data.augment_speed, data.augment_gain_db, data.augment_time_mask_seconds)
 
     # A Dataset and a DataLoader. Either Dataset gives the same rows: from a cached table, or from the audio files.
+    overwrite = data.overwrite_cache and args.local_process_index == 0
     if arguments.loop.feature_extraction == "map":
         with args.main_process_first(desc="extracting features"):
             prepared = prepare_splits(
                 split, extraction, bool(augmentation), data.on_bad_audio,
-                arguments.model.cache_dir, data.preprocessing_num_workers, data.overwrite_cache and args.local_process_index == 0,
+                arguments.model.cache_dir, data.preprocessing_num_workers, overwrite,
             )  # fmt: skip
-        rows = {"train": TrainingRows(prepared.train, args.seed), "validation": prepared.validation, "test": prepared.test}
     else:
         prepared = plan_splits(split, extraction, bool(augmentation))
-        rows = {name: ClipDataset(split.clips, getattr(prepared, name), extraction, args.seed) for name in SPLITS}
     collate = Collator(extraction, wants_attention_mask(model.config), augmentation)
+    with args.main_process_first(desc="computing what is frozen"):
+        prepared, collate, layer_scores = cache_frozen(model, prepared, collate, arguments.model, args, overwrite)
+    if arguments.loop.feature_extraction == "map":
+        rows = {"train": TrainingRows(prepared.train, args.seed), "validation": prepared.validation, "test": prepared.test}
+    else:
+        rows = {name: ClipDataset(split.clips, getattr(prepared, name), extraction, args.seed) for name in SPLITS}
     clips_per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     sampler = LengthBucketSampler(prepared.train["length"], clips_per_step, args.seed, args.bucket_by_length)
     workers = {
@@ -219,7 +225,7 @@ def main(argv=None):
         model.save_pretrained(output_dir)
         feature_extractor.save_pretrained(output_dir)
     validation, test = evaluate("validation")[0], evaluate("test")[0]
-    return finish_run(arguments, prepared, train_results, validation, test, state["log_history"], tracker)
+    return finish_run(arguments, prepared, train_results, validation, test, state["log_history"], tracker, layer_scores)
 
 
 def check_supported(arguments):

@@ -41,6 +41,10 @@ SECRET_KEYS = {
 TORCH_SCHEDULES = ("step", "multi_step", "exponential", "one_cycle")
 
 
+# What the head may see instead of the output of the layer of a given number.
+LAYER_CHOICES = ("weighted", "best")
+
+
 @dataclass
 class ModelArguments:
     """Which pretrained model, and how much of it is trained."""
@@ -68,6 +72,20 @@ class ModelArguments:
         metadata={
             "help": "What stays as it was pretrained: nothing, the convolutional feature encoder (wav2vec2 and its "
             "relatives: quicker, and usually a little better), or all but the classification head (quickest)."
+        },
+    )
+    layer: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the head sees: the output of layer N (1 is the lowest; those above are cut off), the learnt "
+            "'weighted' sum of all, or, with freeze backbone, the 'best' by validation UAR. By default the last layer."
+        },
+    )
+    cache_frozen: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute what is frozen once for each clip, and train from there: much quicker, for some disk space. "
+            "By default wherever nothing random (augmentation, crops) comes before it; true insists, false never does."
         },
     )
     attn_implementation: str | None = field(
@@ -511,6 +529,12 @@ def _check_values(model: ModelArguments, data: DataArguments, training: SpeechTr
         refuse("model_name_or_path", "is missing. Name a pretrained model, or a config_name to train from scratch.")
     if model.model_name_or_path is None and model.feature_extractor_name is None:
         refuse("feature_extractor_name", "is needed to train from scratch, since there is no model to take it from.")
+    if model.layer is not None and model.layer not in LAYER_CHOICES and not (model.layer.isdigit() and int(model.layer) > 0):
+        refuse("layer", f"is '{model.layer}', and must be a layer's number from 1 on, 'weighted' or 'best'.")
+    if model.layer == "best" and (model.freeze != "backbone" or model.cache_frozen is False):
+        refuse("layer", "'best' compares the cached outputs of a frozen backbone: it needs freeze 'backbone' and cache_frozen.")
+    if model.cache_frozen and model.freeze == "none":
+        refuse("cache_frozen", "has nothing to cache, since nothing is frozen: set freeze, or leave it out.")
     for key in ("validation_fraction", "test_fraction"):
         if not 0 < getattr(data, key) < 1:
             refuse(key, f"is {getattr(data, key)}, and must lie between 0 and 1.")

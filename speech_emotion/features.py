@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ class PreparedSplits:
     Each table is in numpy format, with the columns `labels`, `clip` (row of `split.clips`), `length` (samples or
     frames) and the model's input. The training table has `waveform` instead where something random happens to the clip
     before its features are extracted. Validation and test are sorted by length, and have several rows for a clip longer
-    than the window.
+    than the window. `features` has the rows of all splits in the corpus's order, and `cache` is the folder that holds
+    them (None where nothing was prepared).
     """
 
     split: Split
@@ -131,6 +133,8 @@ class PreparedSplits:
     validation: Dataset
     test: Dataset
     num_bad_clips: int
+    features: Dataset
+    cache: Path | None
 
 
 def prepare_splits(
@@ -160,12 +164,11 @@ def prepare_splits(
     prepare = functools.partial(
         prepare_table, split.clips, extraction, folder=folder, num_workers=num_workers, overwrite=overwrite_cache
     )
-    features = prepare(keep_waveform=False)
+    features, cache = prepare(keep_waveform=False)
     split, num_bad = set_bad_clips_apart(split, features, on_bad_audio)
     has_long_clips = len(features) > len(split.clips)  # more windows than clips
-    train_source = prepare(keep_waveform=True) if random_training or has_long_clips else features
-
-    return _select_splits(split, features, train_source, num_bad)
+    train_source = prepare(keep_waveform=True)[0] if random_training or has_long_clips else features
+    return select_splits(split, features, train_source, num_bad, cache)
 
 
 def plan_splits(split: Split, extraction: Extraction, random_training: bool) -> PreparedSplits:
@@ -189,10 +192,11 @@ def plan_splits(split: Split, extraction: Extraction, random_training: bool) -> 
 
     features = plan(whole_clips=False)
     is_random = random_training or len(features) > len(split.clips)
-    return _select_splits(split, features, plan(whole_clips=True) if is_random else features, 0)
+    return select_splits(split, features, plan(whole_clips=True) if is_random else features, 0, None)
 
 
-def _select_splits(split: Split, features: Dataset, train_source: Dataset, num_bad: int) -> PreparedSplits:
+def select_splits(split: Split, features: Dataset, train_source: Dataset, num_bad: int, cache: Path | None) -> PreparedSplits:
+    """Returns each split's rows of `features` (of `train_source`, for training), with their labels."""
     labels = np.asarray(split.clips["label"])
     tables = {}
     for name in SPLITS:
@@ -204,7 +208,7 @@ def _select_splits(split: Split, features: Dataset, train_source: Dataset, num_b
             rows = rows[np.argsort(np.asarray(source["length"])[rows], kind="stable")]
         part = source.select(rows).remove_columns("error").add_column("labels", labels[clip[rows]])
         tables[name] = part.with_format("numpy")
-    return PreparedSplits(split, tables["train"], tables["validation"], tables["test"], num_bad)
+    return PreparedSplits(split, tables["train"], tables["validation"], tables["test"], num_bad, features, cache)
 
 
 def set_bad_clips_apart(split: Split, features: Dataset, on_bad_audio: str) -> tuple[Split, int]:
@@ -238,43 +242,80 @@ def prepare_table(
     folder: Path,
     num_workers: int | None = None,
     overwrite: bool = False,
-) -> Dataset:
+) -> tuple[Dataset, Path]:
     """Maps clips to features (or to decoded waveforms), or memory-maps the result of an earlier run.
 
     Returns:
         One row a window (a clip, for waveforms), in the clips' order, with the columns `clip` (row of `clips`),
-        `length`, `error` (empty, or why the clip cannot be used) and the features, or `waveform`.
+        `length`, `error` (empty, or why the clip cannot be used) and the features, or `waveform`; and the folder that
+        holds them.
     """
     cache = folder / f"features-{fingerprint(clips, extraction, keep_waveform)}"
+    processes = num_workers or min(os.cpu_count() or 1, MAX_PROCESSES, max(1, len(clips) // MIN_CLIPS_PER_PROCESS))
+    table = map_once(
+        clips.select_columns(["audio"]).add_column("clip", np.arange(len(clips))),
+        functools.partial(_prepare_batch, extraction=extraction, keep_waveform=keep_waveform, is_worker=processes > 1),
+        _features(extraction, keep_waveform),
+        cache,
+        processes,
+        CLIPS_PER_WRITE,
+        "Decoding" if keep_waveform else "Extracting features",
+        overwrite,
+    )
+    return table, cache
+
+
+def map_once(
+    rows: Dataset,
+    function: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
+    features: Features,
+    cache: Path,
+    num_processes: int,
+    batch_size: int,
+    description: str,
+    overwrite: bool = False,
+) -> Dataset:
+    """Maps batches of rows into Arrow files in the folder `cache`, unless they lie there already, and memory-maps them.
+
+    Args:
+        rows: what is mapped; none of its columns stays by itself.
+        function: from the columns of a batch to those of `features`.
+        features: of the result.
+        cache: whose name says all that the result depends on.
+        num_processes: that map.
+        batch_size: rows that the function gets at once, and that are written at once.
+        description: of the progress bar.
+        overwrite: map again.
+    """
     if overwrite and cache.is_dir():
         shutil.rmtree(cache)
     if not (cache / INDEX_FILE).is_file():
-        _map_to_arrow(clips, extraction, keep_waveform, cache, num_workers)
+        _map_to_arrow(rows, function, features, cache, num_processes, batch_size, description)
     files = json.loads((cache / INDEX_FILE).read_text(encoding="utf-8"))
     return concatenate_datasets([Dataset.from_file(str(cache / name)) for name in files])
 
 
-def _map_to_arrow(clips: Dataset, extraction: Extraction, keep_waveform: bool, cache: Path, num_workers: int | None) -> None:
+def _map_to_arrow(
+    rows: Dataset, function: Callable[..., Any], features: Features, cache: Path, processes: int, batch_size: int, desc: str
+) -> None:
     # In a folder of this process's own, moved into place when whole: two runs may prepare the same at once.
     work = cache.with_name(f"{cache.name}.{os.getpid()}.part")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    processes = num_workers or min(os.cpu_count() or 1, MAX_PROCESSES, max(1, len(clips) // MIN_CLIPS_PER_PROCESS))
-    numbered = clips.select_columns(["audio"]).add_column("clip", np.arange(len(clips)))
     datasets.enable_progress_bars()
     try:
-        mapped = numbered.map(
-            functools.partial(_prepare_batch, extraction=extraction, keep_waveform=keep_waveform, is_worker=processes > 1),
+        mapped = rows.map(
+            function,
             batched=True,
-            batch_size=CLIPS_PER_WRITE,
-            writer_batch_size=CLIPS_PER_WRITE,
-            remove_columns=numbered.column_names,
-            features=_features(extraction, keep_waveform),
+            batch_size=batch_size,
+            writer_batch_size=batch_size,
+            remove_columns=rows.column_names,
+            features=features,
             num_proc=processes if processes > 1 else None,
             cache_file_name=str(work / "part.arrow"),
             new_fingerprint=cache.name,  # ours already says all that matters, and hashing code would add more
             load_from_cache_file=False,
-            desc="Decoding" if keep_waveform else "Extracting features",
+            desc=desc,
         )
         files = [Path(file["filename"]).name for file in mapped.cache_files]
         del mapped

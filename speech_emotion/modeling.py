@@ -33,6 +33,9 @@ HEAD_PREFIXES = ("projector.", "classifier.", "layer_weights")
 # Learnt only where SpecAugment is on, and absent from many checkpoints.
 OPTIONAL_WEIGHTS = ("masked_spec_embed",)
 
+# Their layers run at a lower rate than what the head sees, with a convolution in between.
+SQUEEZED_TYPES = ("sew", "sew-d")
+
 KALDI_FRAME_SAMPLES, KALDI_HOP_SAMPLES = 400, 160  # 25 ms and 10 ms at 16 kHz
 
 
@@ -45,7 +48,7 @@ def build_model(
         The model in float32, its feature extractor, and the window in seconds (None: any length).
 
     Raises:
-        UserError: as `load_feature_extractor`, `load_config`, `load_model`, `fit_window` and `freeze` do.
+        UserError: as `load_feature_extractor`, `load_config`, `load_model`, `fit_window`, `freeze` and `find_layer` do.
     """
     feature_extractor = load_feature_extractor(arguments)
     config = load_config(arguments, label_names)
@@ -53,6 +56,9 @@ def build_model(
     model = load_model(arguments, config)
     window_seconds = fit_window(model, feature_extractor, max_length_seconds)
     freeze(model, arguments.freeze)
+    number = find_layer(model, arguments.layer)
+    if number is not None and not caches_backbone(arguments):
+        keep_layers(model, number)
     # The saved extractor then pads as training did.
     feature_extractor.return_attention_mask = wants_attention_mask(config)
     return model, feature_extractor, window_seconds
@@ -101,6 +107,10 @@ def load_config(model: ModelArguments, label_names: list[str]) -> PretrainedConf
         if key not in config.to_dict() and key not in config.attribute_map:
             raise UserError(f"key 'config_overrides': the configuration of {config.model_type} has no '{key}'.")
         setattr(config, key, value)
+    if model.layer == "weighted":
+        if config.model_type in (AST, *SQUEEZED_TYPES):
+            raise UserError(f"key 'layer': {config.model_type} cannot weight its layers. Take a number.")
+        config.use_weighted_layer_sum = True
     return config
 
 
@@ -214,6 +224,8 @@ def _check_window(seconds: float, own_seconds: float, wanted: float | None) -> N
 def freeze(model: PreTrainedModel, part: str) -> None:
     """Stops the training of "feature_encoder" (the convolutions) or "backbone" (all but the head), or of nothing ("none").
 
+    A frozen backbone stays in evaluation mode: dropout and SpecAugment regularise what is trained, and nothing there is.
+
     Raises:
         UserError: an architecture without that part.
     """
@@ -227,6 +239,60 @@ def freeze(model: PreTrainedModel, part: str) -> None:
     elif part == "backbone":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(HEAD_PREFIXES))
+        backbone = get_backbone(model).eval()
+        backbone.train = lambda mode=True: backbone  # what a later model.train() calls
+
+
+def get_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns what comes before the classification head."""
+    return model.encoder if model.config.model_type == WHISPER else model.base_model
+
+
+def get_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Returns the backbone's transformer layers.
+
+    Raises:
+        UserError: an architecture of which no layer can be taken as the last.
+    """
+    if model.config.model_type in SQUEEZED_TYPES:
+        raise UserError(
+            f"key 'layer': the layers of {model.config.model_type} run at a lower rate than its head, so none but the last "
+            "can be taken. Leave the key out."
+        )
+    backbone = get_backbone(model)
+    return getattr(backbone, "encoder", backbone).layers
+
+
+def find_layer(model: PreTrainedModel, layer: str | None) -> int | None:
+    """Returns the number of the layer that the key `layer` names, from 1 on, or None where it names none.
+
+    Raises:
+        UserError: the model has no such layer, or an architecture whose layers cannot be told apart.
+    """
+    if layer in (None, "weighted"):
+        return None
+    num_layers = len(get_layers(model))
+    if layer == "best":
+        return None
+    if not 1 <= int(layer) <= num_layers:
+        raise UserError(f"key 'layer': {layer} is not a layer of this model, which has 1 to {num_layers}.")
+    return int(layer)
+
+
+def keep_layers(model: PreTrainedModel, num_layers: int) -> None:
+    """Cuts the layers above the first `num_layers`, in place: the head then sees that layer's output.
+
+    The result is an ordinary model of fewer layers, and as much faster.
+    """
+    del get_layers(model)[num_layers:]
+    model.config.num_hidden_layers = num_layers
+    if model.config.model_type == WHISPER:
+        model.config.encoder_layers = num_layers
+
+
+def caches_backbone(arguments: ModelArguments) -> bool:
+    """Whether the frozen backbone's outputs may be cached, with all layers' kept until one is chosen."""
+    return arguments.freeze == "backbone" and arguments.cache_frozen is not False
 
 
 def wants_attention_mask(config: PretrainedConfig) -> bool:

@@ -63,13 +63,37 @@ def write_history(log_history: list[dict[str, Any]], path: Path) -> pd.DataFrame
     return frame
 
 
-def draw_figures(evaluation: Evaluation, history: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draws confusion_matrix.png and training_curves.png and returns their paths."""
+def _load_pyplot() -> Any:
     import matplotlib  # here, since only the main process at a run's end needs it
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def draw_layers(uar: np.ndarray, chosen: int, path: Path) -> Path:
+    """Draws the validation UAR of each layer, (num_layers,), the chosen one marked, and returns the figure's path."""
+    plt = _load_pyplot()
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    layers = np.arange(1, len(uar) + 1)
+    axes.plot(layers, uar, marker="o", markersize=4)
+    axes.plot(chosen, uar[chosen - 1], marker="o", markersize=10, fillstyle="none", color="black", label=f"taken: layer {chosen}")
+    axes.set_xticks(layers)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("UAR")
+    axes.set_title("Validation, a linear classifier on each layer")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def draw_figures(evaluation: Evaluation, history: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draws confusion_matrix.png and training_curves.png and returns their paths."""
+    plt = _load_pyplot()
     paths = [folder / "confusion_matrix.png", folder / "training_curves.png"]
     figure, axes = plt.subplots(figsize=(1.2 + 0.8 * len(evaluation.label_names), 1 + 0.8 * len(evaluation.label_names)))
     _draw_confusion_matrix(axes, evaluation)

@@ -20,9 +20,10 @@ from speech_emotion.arguments import RECIPE_FILE, RUN_FILE, Arguments, describe_
 from speech_emotion.corpora.table import SPLITS
 from speech_emotion.errors import UserError
 from speech_emotion.features import PreparedSplits
+from speech_emotion.frozen import LayerScores
 from speech_emotion.metrics import Evaluation, summarize
 from speech_emotion.modeling import FIXED_WINDOW_TYPES, count_parameters
-from speech_emotion.report import draw_figures, format_results, write_history, write_json, write_predictions
+from speech_emotion.report import draw_figures, draw_layers, format_results, write_history, write_json, write_predictions
 from speech_emotion.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -138,11 +139,14 @@ def finish_run(
     test: Evaluation,
     log_history: list[dict[str, Any]],
     tracker: Tracker,
+    layer_scores: LayerScores | None = None,
 ) -> dict[str, Any]:
     """Writes and shows what a run gave, on the main process, and returns all of it as one flat dictionary."""
     clips, notes = prepared.split.clips, prepared.split.notes
     eval_results = summarize(validation, clips, "eval")
     test_results = summarize(test, clips, "test") | {"test_notes": notes}
+    if layer_scores is not None:
+        train_results = train_results | {"layer": layer_scores.chosen, "layer_uar": layer_scores.uar.tolist()}
     all_results = train_results | eval_results | test_results
     if arguments.training.process_index == 0:
         folder = Path(arguments.training.output_dir)
@@ -150,6 +154,8 @@ def finish_run(
             write_json(folder / f"{name}_results.json", results)
         write_predictions(test, clips, folder / "predictions.csv")
         figures = draw_figures(test, write_history(log_history, folder / "history.csv"), folder)
+        if layer_scores is not None:
+            figures.append(draw_layers(layer_scores.uar, layer_scores.chosen, folder / "layers.png"))
         tracker.log_results(test_results, test, figures)
         logger.info("\n" + format_results(test_results, "test", notes))
         logger.info(f"\nThe model and all results are in {folder}.")

@@ -93,7 +93,8 @@ def test_the_best_epoch_by_validation_is_what_is_saved_and_tested(tone_folder, t
 
 
 RECIPES = {
-    "thorsten_wav2vec2": "wav2vec2", "thorsten_hubert": "hubert", "thorsten_wavlm": "wavlm", "thorsten_whisper": "whisper",
+    "thorsten_wav2vec2": "wav2vec2", "thorsten_hubert": "hubert", "thorsten_wavlm": "wavlm", "thorsten_wavlm_probe": "wavlm",
+    "thorsten_whisper": "whisper",
     "thorsten_xlsr": "wav2vec2", "thorsten_ast": "audio-spectrogram-transformer", "audio_folder": "wavlm", "manifest": "wavlm",
 }  # fmt: skip
 
