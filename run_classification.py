@@ -17,6 +17,7 @@ from speech_emotion.arguments import parse_arguments
 from speech_emotion.augmentation import Augmentation
 from speech_emotion.batching import Collator, LengthBucketSampler, TrainingRows, padding_share
 from speech_emotion.corpora import load_corpus
+from speech_emotion.dropout import use_cpu_dropout
 from speech_emotion.errors import run_as_command
 from speech_emotion.features import build_extraction, prepare_splits
 from speech_emotion.frozen import cache_frozen
@@ -58,6 +59,8 @@ def main(argv=None):
 
     # The model, and from it what a clip has to become.
     model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, training.seed)
+    if training.device.type == "cpu":
+        use_cpu_dropout(model)
     extraction = build_extraction(model, feature_extractor, window_seconds)
     augmentation = Augmentation(data.augment_speed, data.augment_gain_db, data.augment_time_mask_seconds)
     overwrite = data.overwrite_cache and training.local_process_index == 0

@@ -31,6 +31,7 @@ from speech_emotion.augmentation import Augmentation
 from speech_emotion.batching import BatchShard, ClipDataset, Collator, LengthBucketSampler, TrainingRows, padding_share
 from speech_emotion.corpora import load_corpus
 from speech_emotion.corpora.table import SPLITS
+from speech_emotion.dropout import use_cpu_dropout
 from speech_emotion.errors import UserError, run_as_command
 from speech_emotion.features import build_extraction, plan_splits, prepare_splits
 from speech_emotion.frozen import cache_frozen
@@ -72,6 +73,8 @@ def main(argv=None):
     split = split_corpus(corpus, data, args.seed if data.split_seed is None else data.split_seed)
     label_names = split.clips.features["label"].names
     model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, args.seed)
+    if args.device.type == "cpu":
+        use_cpu_dropout(model)
     extraction = build_extraction(model, feature_extractor, window_seconds)
     augmentation = Augmentation(data.augment_speed, data.augment_gain_db, data.augment_time_mask_seconds)
 
@@ -100,7 +103,9 @@ def main(argv=None):
         "pin_memory": args.device.type == "cuda",
     }
     train_batches = BatchShard(sampler, args.per_device_train_batch_size, args.process_index, args.world_size)
-    train_loader = DataLoader(rows["train"], batch_sampler=train_batches, **workers)
+    train_loader = DataLoader(
+        rows["train"], batch_sampler=train_batches, persistent_workers=args.dataloader_persistent_workers, **workers
+    )
 
     # Model on its device, wrapped where several devices share the work; `model` stays the plain one, which is saved.
     model.to(args.device)

@@ -41,6 +41,8 @@ SECRET_KEYS = {
 TORCH_SCHEDULES = ("step", "multi_step", "exponential", "one_cycle")
 
 
+MAX_LOADER_WORKERS = 4
+
 # What the head may see instead of the output of the layer of a given number.
 LAYER_CHOICES = ("weighted", "best")
 
@@ -204,8 +206,10 @@ class SpeechTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "'last' or a checkpoint's folder: go on from there."}
     )
     optim: str = field(
-        default="adamw_torch",
-        metadata={"help": "adamw_torch, adamw_torch_fused, adam, sgd, rmsprop, or any other of transformers."},
+        default="adamw_torch_fused",
+        metadata={
+            "help": "adamw_torch_fused (one pass over all weights), adamw_torch, adam, sgd, rmsprop, or any other of transformers."
+        },
     )
     lr_scheduler_type: str = field(
         default="linear",
@@ -236,6 +240,12 @@ class SpeechTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Test and save the best model, not the last."})
     metric_for_best_model: str | None = field(default="uar", metadata={"help": "What decides which model is best."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite; asks the device after every batch, which slows a GPU."}
+    )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that load batches ahead; by default up to 4 beside a GPU, none on a CPU."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: the collator decides."})
     report_to: list[str] | None = field(
         default=None, metadata={"help": "Trackers: comet_ml, tensorboard, wandb, trackio, ...; by default none."}
@@ -264,6 +274,14 @@ class SpeechTrainingArguments(TrainingArguments):
         if self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.ddp_backend = self.ddp_backend or "gloo"
         self.report_to = self.report_to or ["none"]
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.dataloader_num_workers is None:
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            # On a CPU a batch of cached rows is ready in a millisecond, and a worker would take a core from training.
+            self.dataloader_num_workers = min(MAX_LOADER_WORKERS, (os.cpu_count() or 1) // processes) if on_gpu else 0
+        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if on_gpu and self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": True}  # copies from pinned memory need not be waited for
         super().__post_init__()
         self.optim, self.lr_scheduler_type = optim, lr_scheduler_type
 
@@ -314,7 +332,6 @@ SHOWN_TRAINING_FIELDS = [
     "seed",
     "fp16",
     "use_cpu",
-    "dataloader_num_workers",
     "activation_checkpointing",
     "torch_compile",
     "run_name",

@@ -15,7 +15,7 @@ from speech_emotion.arguments import TORCH_SCHEDULES, SpeechTrainingArguments
 from speech_emotion.errors import UserError
 from speech_emotion.modeling import HEAD_PREFIXES
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adam", "sgd", "rmsprop")
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adam", "sgd", "rmsprop")
 
 # Weight decay leaves these alone, as transformers' Trainer does: layer norms and biases.
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -41,14 +41,11 @@ def build_loss(labels: np.ndarray, num_labels: int, class_weights: str, label_sm
         weight = torch.tensor(len(labels) / (num_labels * np.maximum(counts, 1)), dtype=torch.float32)
 
     def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        nonlocal weight
         logits = outputs["logits"].float()
-        losses = nn.functional.cross_entropy(
-            logits,
-            labels,
-            weight=weight.to(logits.device) if weight is not None else None,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
+        if weight is not None:
+            weight = weight.to(logits.device)  # copied once, at the first step
+        losses = nn.functional.cross_entropy(logits, labels, weight=weight, label_smoothing=label_smoothing, reduction="sum")
         return losses / (num_items_in_batch if num_items_in_batch is not None else len(labels))
 
     return compute_loss

@@ -1,0 +1,102 @@
+"""Dropout that costs a CPU little.
+
+torch draws one random number a value, one after the other on a single core: with the dropout of 0.1 that wav2vec2 and its
+relatives train with, that is 40 % of a training step on a CPU with fast bfloat16 (measured: benchmarks/README.md). One
+64-bit random number holds four decisions of 16 bits each, which is as random and four times quicker; attention draws
+them for a whole score matrix.
+
+Values are dropped with the same probability (to within 2^-17) and scaled in the same way, from torch's own generator, so that
+seeds and resumed runs hold. GPUs have a fast dropout of their own.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION_NAME = "sdpa_cpu_dropout"
+LEVELS = 2**16  # of the 16-bit numbers that decide
+DECISIONS_PER_DRAW = 4  # in one 64-bit number
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, p: float) -> torch.Tensor:
+        num_dropped_levels = round(p * LEVELS)
+        num_draws = -(-values.numel() // DECISIONS_PER_DRAW)
+        draws = torch.empty(num_draws, dtype=torch.int64).random_(-(2**63), None)
+        levels = draws.view(torch.int16)[: values.numel()].view(values.shape)
+        ctx.kept = (levels >= num_dropped_levels - LEVELS // 2).view(torch.uint8)
+        ctx.scale = LEVELS / (LEVELS - num_dropped_levels)
+        return (values * ctx.kept).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (gradient * ctx.kept).mul_(ctx.scale), None
+
+
+def drop(values: torch.Tensor, p: float) -> torch.Tensor:
+    """Zeroes each value with probability p and divides the others by 1 - p; 0 <= p < 1, any shape, on the CPU."""
+    return _Drop.apply(values, p)
+
+
+class CpuDropout(nn.Dropout):
+    """`nn.Dropout` by way of `drop`."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns values of the same shape."""
+        if not self.training or self.p == 0.0 or values.device.type != "cpu" or self.p >= 1.0:
+            return super().forward(values)
+        return drop(values, self.p)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention with dropout by way of `drop`, for encoders; without dropout it is transformers' SDPA.
+
+    Args:
+        module: the attention layer.
+        query: (batch, heads, frames, width); `key` and `value` likewise.
+        attention_mask: bool, (batch, 1, frames, frames), true where a frame may be attended to.
+        dropout: probability.
+        scaling: of the scores; by default 1 / sqrt(width).
+        is_causal: as in SDPA.
+        kwargs: for SDPA.
+
+    Returns:
+        (batch, frames, heads, width) and None, as transformers' attention functions do.
+    """
+    if dropout == 0.0 or query.device.type != "cpu":
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query * scale, key.transpose(2, 3))  # (batch, heads, frames, frames)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = drop(torch.softmax(scores, dim=-1).to(value.dtype), dropout)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
+
+
+def use_cpu_dropout(model: PreTrainedModel) -> None:
+    """Makes a model that is trained on the CPU drop values by way of `drop`, in place; nothing of it is saved."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, CpuDropout(child.p).train(child.training))
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(ATTENTION_NAME, attend)
+        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+        model.set_attn_implementation(ATTENTION_NAME)
