@@ -208,7 +208,7 @@ class SpeechTrainingArguments(TrainingArguments):
     optim: str = field(
         default="adamw_torch_fused",
         metadata={
-            "help": "adamw_torch_fused (one pass over all weights), adamw_torch, adam, sgd, rmsprop, or any other of transformers."
+            "help": "adamw_torch_fused (one pass over the weights), adamw_torch, adam, sgd, rmsprop, or another of transformers."
         },
     )
     lr_scheduler_type: str = field(

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import tone, write_tone
+from torchaudio.transforms import Resample
 
-from speech_emotion.audio import BadAudioError, build_resampler, decode, read_duration
+from speech_emotion.audio import BadAudioError, build_resampler, decode, read_duration, resample
 
 
 def from_path(path):
@@ -59,6 +61,16 @@ def test_each_unusable_clip_says_why(tmp_path):
     for name, reason in bad_files(tmp_path).items():
         with pytest.raises(BadAudioError, match=reason):
             decode(from_path(tmp_path / name), 16000)
+
+
+@pytest.mark.parametrize("rates", [(22050, 16000), (44100, 16000), (48000, 16000), (8000, 16000), (11025, 16000), (93, 100)])
+@pytest.mark.parametrize("num_samples", [1, 5, 441, 4000, 97_020])
+def test_resampling_gives_torchaudios_samples(rates, num_samples):
+    waveform = np.random.default_rng(0).standard_normal(num_samples).astype(np.float32)
+    expected = Resample(*rates)(torch.from_numpy(waveform)).numpy()
+    resampled = resample(waveform, *rates)
+    assert resampled.dtype == np.float32
+    np.testing.assert_allclose(resampled, expected, atol=3e-6)
 
 
 def test_a_resampling_kernel_is_made_once_per_rate():
