@@ -17,7 +17,6 @@ from speech_emotion.arguments import parse_arguments
 from speech_emotion.augmentation import Augmentation
 from speech_emotion.batching import Collator, LengthBucketSampler, TrainingRows, padding_share
 from speech_emotion.corpora import load_corpus
-from speech_emotion.dropout import use_cpu_dropout
 from speech_emotion.errors import run_as_command
 from speech_emotion.features import build_extraction, prepare_splits
 from speech_emotion.frozen import cache_frozen
@@ -30,6 +29,7 @@ from speech_emotion.session import (
     find_checkpoint,
     finish_run,
     open_output_dir,
+    prepare_for_speed,
     set_up_logging,
     use_all_cores,
     write_recipe,
@@ -59,8 +59,6 @@ def main(argv=None):
 
     # The model, and from it what a clip has to become.
     model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, training.seed)
-    if training.device.type == "cpu":
-        use_cpu_dropout(model)
     extraction = build_extraction(model, feature_extractor, window_seconds)
     augmentation = Augmentation(data.augment_speed, data.augment_gain_db, data.augment_time_mask_seconds)
     overwrite = data.overwrite_cache and training.local_process_index == 0
@@ -69,9 +67,11 @@ def main(argv=None):
             split, extraction, bool(augmentation), data.on_bad_audio,
             arguments.model.cache_dir, data.preprocessing_num_workers, overwrite,
         )  # fmt: skip
-    collate = Collator(extraction, wants_attention_mask(model.config), augmentation)
+    multiple = round((training.pad_to_seconds or 0) * extraction.sampling_rate) or 1
+    collate = Collator(extraction, wants_attention_mask(model.config), augmentation, multiple)
     with training.main_process_first(desc="computing what is frozen"):
         prepared, collate, layer_scores = cache_frozen(model, prepared, collate, arguments.model, training, overwrite)
+    prepare_for_speed(model, training)
 
     # Training: our batches, loss, optimizer and schedule in transformers' loop.
     clips_per_step = training.train_batch_size * training.world_size * training.gradient_accumulation_steps

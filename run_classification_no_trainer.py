@@ -31,7 +31,6 @@ from speech_emotion.augmentation import Augmentation
 from speech_emotion.batching import BatchShard, ClipDataset, Collator, LengthBucketSampler, TrainingRows, padding_share
 from speech_emotion.corpora import load_corpus
 from speech_emotion.corpora.table import SPLITS
-from speech_emotion.dropout import use_cpu_dropout
 from speech_emotion.errors import UserError, run_as_command
 from speech_emotion.features import build_extraction, plan_splits, prepare_splits
 from speech_emotion.frozen import cache_frozen
@@ -45,6 +44,7 @@ from speech_emotion.session import (
     find_checkpoint,
     finish_run,
     open_output_dir,
+    prepare_for_speed,
     set_up_logging,
     use_all_cores,
     write_recipe,
@@ -73,8 +73,6 @@ def main(argv=None):
     split = split_corpus(corpus, data, args.seed if data.split_seed is None else data.split_seed)
     label_names = split.clips.features["label"].names
     model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, args.seed)
-    if args.device.type == "cpu":
-        use_cpu_dropout(model)
     extraction = build_extraction(model, feature_extractor, window_seconds)
     augmentation = Augmentation(data.augment_speed, data.augment_gain_db, data.augment_time_mask_seconds)
 
@@ -88,9 +86,11 @@ def main(argv=None):
             )  # fmt: skip
     else:
         prepared = plan_splits(split, extraction, bool(augmentation))
-    collate = Collator(extraction, wants_attention_mask(model.config), augmentation)
+    multiple = round((args.pad_to_seconds or 0) * extraction.sampling_rate) or 1
+    collate = Collator(extraction, wants_attention_mask(model.config), augmentation, multiple)
     with args.main_process_first(desc="computing what is frozen"):
         prepared, collate, layer_scores = cache_frozen(model, prepared, collate, arguments.model, args, overwrite)
+    prepare_for_speed(model, args)
     if arguments.loop.feature_extraction == "map":
         rows = {"train": TrainingRows(prepared.train, args.seed), "validation": prepared.validation, "test": prepared.test}
     else:
@@ -241,7 +241,7 @@ def check_supported(arguments):
         if getattr(value, "value", value) not in allowed:
             known = " and ".join(map(str, allowed))
             raise UserError(f"key '{key}': the hand-written loop knows {known} only. Use run_classification.py.")
-    for key in ("push_to_hub", "torch_compile", "deepspeed", "fsdp", "auto_find_batch_size", "neftune_noise_alpha"):
+    for key in ("push_to_hub", "deepspeed", "fsdp", "auto_find_batch_size", "neftune_noise_alpha"):
         if getattr(training, key):
             raise UserError(f"key '{key}': the hand-written loop does not do that. Use run_classification.py.")
     if parallel == "ddp" and training.world_size == 1:

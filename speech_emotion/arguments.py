@@ -42,6 +42,7 @@ TORCH_SCHEDULES = ("step", "multi_step", "exponential", "one_cycle")
 
 
 MAX_LOADER_WORKERS = 4
+SECONDS_BETWEEN_COMPILED_LENGTHS = 1.0
 
 # What the head may see instead of the output of the layer of a given number.
 LAYER_CHOICES = ("weighted", "best")
@@ -234,6 +235,13 @@ class SpeechTrainingArguments(TrainingArguments):
     bucket_by_length: bool = field(
         default=True, metadata={"help": "Batches of clips of similar length: less padding, quicker steps."}
     )
+    pad_to_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Pad each batch to a multiple of so many seconds, so that few lengths occur; with torch_compile by "
+            "default 1, since each length is compiled. For models with an attention mask, and with a cached feature encoder."
+        },
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: epoch, steps or no."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: epoch, steps, best or no."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints, the best among them."})
@@ -280,9 +288,17 @@ class SpeechTrainingArguments(TrainingArguments):
             # On a CPU a batch of cached rows is ready in a millisecond, and a worker would take a core from training.
             self.dataloader_num_workers = min(MAX_LOADER_WORKERS, (os.cpu_count() or 1) // processes) if on_gpu else 0
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        # Layers are compiled in place (modeling.compile_layers): transformers would compile the whole model, whose Python
+        # between the layers (masks, layer drop) costs compilations and gains nothing.
+        compiles = self.torch_compile or self.torch_compile_backend or self.torch_compile_mode
+        backend, mode = self.torch_compile_backend, self.torch_compile_mode
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        if compiles:
+            self.pad_to_seconds = self.pad_to_seconds or SECONDS_BETWEEN_COMPILED_LENGTHS
         if on_gpu and self.accelerator_config is None:
             self.accelerator_config = {"non_blocking": True}  # copies from pinned memory need not be waited for
         super().__post_init__()
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = bool(compiles), backend, mode
         self.optim, self.lr_scheduler_type = optim, lr_scheduler_type
 
 

@@ -72,9 +72,10 @@ def decode(audio: dict[str, Any], sampling_rate: int) -> np.ndarray:
     if waveform.shape[0] == 0:
         raise BadAudioError("holds 0 samples")
     waveform = waveform.mean(axis=1) if waveform.ndim == 2 else waveform
-    if not np.isfinite(waveform).all():
+    peak = max(waveform.max(), -waveform.min())  # not a number if any sample is none
+    if not np.isfinite(peak):
         raise BadAudioError("holds samples that are not finite numbers")
-    if np.abs(waveform).max() < SILENCE_PEAK:
+    if peak < SILENCE_PEAK:
         raise BadAudioError("holds nothing but silence")
     return resample(waveform, source_rate, sampling_rate)
 

@@ -166,11 +166,13 @@ class Collator:
         extraction: of the run.
         attention_mask: whether the architecture wants one.
         augmentation: of training clips.
+        multiple: waveforms are padded to a multiple of so many samples, so that few lengths occur.
     """
 
     extraction: Extraction
     attention_mask: bool
     augmentation: Augmentation
+    multiple: int = 1
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns `labels` (batch,), the model's input padded to the longest clip, and an attention mask if wanted.
@@ -183,7 +185,8 @@ class Collator:
             for row in rows
         ]
         lengths = [len(array) for array in arrays]
-        batch = np.full((len(arrays), max(lengths), *arrays[0].shape[1:]), self.extraction.feature_extractor.padding_value,
+        longest = round_up(max(lengths), self.multiple) if arrays[0].ndim == 1 else max(lengths)
+        batch = np.full((len(arrays), longest, *arrays[0].shape[1:]), self.extraction.feature_extractor.padding_value,
                         dtype=np.float32)  # fmt: skip
         for i, array in enumerate(arrays):
             batch[i, : len(array)] = array
@@ -192,7 +195,7 @@ class Collator:
             "labels": torch.tensor([int(row["labels"]) for row in rows]),
         }
         if self.attention_mask:
-            inputs["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+            inputs["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
         return inputs
 
     def _change(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -203,6 +206,11 @@ class Collator:
             start = int(rng.integers(0, len(waveform) - window + 1))
             waveform = waveform[start : start + window]
         return waveform
+
+
+def round_up(length: int, multiple: int) -> int:
+    """Returns the smallest multiple that is at least this length."""
+    return -(-length // multiple) * multiple
 
 
 def padding_share(sampler: LengthBucketSampler, batch_size: int) -> float:

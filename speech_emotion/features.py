@@ -35,7 +35,7 @@ FORMAT_VERSION = 1
 INDEX_FILE = "index.json"  # written last: a folder without it is a preparation that broke off
 MAX_PROCESSES = 8
 CLIPS_PER_WRITE = 32
-MIN_CLIPS_PER_PROCESS = 64  # below, starting a process takes longer than its share of the work
+MIN_CLIPS_PER_PROCESS = 256  # below, starting a process takes longer than its share of the work
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ cached clip is thus the same in any batch, and is masked there like any other.
 import functools
 import hashlib
 import logging
+import math
 import shutil
 import types
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from speech_emotion.arguments import ModelArguments, SpeechTrainingArguments
-from speech_emotion.batching import Collator
+from speech_emotion.batching import Collator, round_up
 from speech_emotion.errors import UserError
 from speech_emotion.features import PreparedSplits, map_once, select_splits
 from speech_emotion.metrics import compute_confusion_matrix, compute_uar
@@ -41,6 +42,7 @@ from speech_emotion.modeling import (
     get_backbone,
     get_layers,
     keep_layers,
+    start_behind_convolutions,
 )
 
 logger = logging.getLogger(__name__)
@@ -70,10 +72,12 @@ class FrozenCollator:
     Attributes:
         width: values of one frame, or of one layer's hidden state.
         rows: which of a clip's stored states the head sees (None: all frames).
+        multiple: batches are padded to a multiple of so many frames.
     """
 
     width: int
     rows: slice | None
+    multiple: int = 1
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns `labels` (batch,) and `input_values`.
@@ -86,10 +90,11 @@ class FrozenCollator:
         if self.rows is not None:
             return {"input_values": torch.from_numpy(np.stack([array[self.rows] for array in arrays])), "labels": labels}
         lengths = torch.tensor([len(array) for array in arrays])
-        batch = np.zeros((len(arrays), int(lengths.max()), self.width), dtype=arrays[0].dtype)
+        longest = round_up(int(lengths.max()), self.multiple)
+        batch = np.zeros((len(arrays), longest, self.width), dtype=arrays[0].dtype)
         for i, array in enumerate(arrays):
             batch[i, : len(array)] = array
-        mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
+        mask = (torch.arange(longest) < lengths[:, None]).long()
         return {"input_values": torch.from_numpy(batch), "attention_mask": mask, "labels": labels}
 
 
@@ -146,7 +151,9 @@ def cache_frozen(
         start_at_head(model)
         return prepared, FrozenCollator(compute.width, rows), scores
     start_behind_convolutions(model)
-    return prepared, FrozenCollator(compute.width, None), None
+    # One frame for each of the samples that the convolutions stride over.
+    frames = max(1, collate.multiple // math.prod(stride for _, stride in compute.strides))
+    return prepared, FrozenCollator(compute.width, None, frames), None
 
 
 def _find_obstacle(model: PreTrainedModel, prepared: PreparedSplits, training: SpeechTrainingArguments) -> str | None:
@@ -314,17 +321,6 @@ def _check_space(cache: Path, num_bytes: int) -> None:
 
 def _format_bytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def start_behind_convolutions(model: PreTrainedModel) -> None:
-    """Makes the model take the feature encoder's output, (batch, frames, channels), for `input_values`, in place.
-
-    The attention mask is then one of frames. Weights stay where they are, so that what is saved is the whole model.
-    """
-    backbone = get_backbone(model)
-    backbone.feature_extractor.forward = lambda frames: frames.float().transpose(1, 2)
-    for module in (model, backbone):
-        module._get_feat_extract_output_lengths = lambda lengths, *args, **kwargs: lengths
 
 
 def start_at_head(model: PreTrainedModel) -> None:

@@ -166,6 +166,33 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
+def load_trained(name: str) -> PreTrainedModel:
+    """Loads a trained classifier in float32, from a folder or the Hub.
+
+    Raises:
+        UserError: not found, another kind of model, or one whose head was never trained.
+    """
+    try:
+        model, info = AutoModelForAudioClassification.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no audio-classification model can be loaded from there. {_first_line(error)}") from error
+    absent = sorted(key for key in info["missing_keys"] if not key.endswith(OPTIONAL_WEIGHTS))
+    if absent:
+        raise UserError(
+            f"{name}: {len(absent)} weights of a classifier are missing. Train one first with run_classification.py:\n"
+            f"{list_offenders(absent)}"
+        )
+    return model
+
+
+def find_window_seconds(model: PreTrainedModel, feature_extractor: SequenceFeatureExtractor) -> float | None:
+    """Returns the window that a trained Whisper or AST computes, in seconds, or None for models that take any length."""
+    config = model.config
+    if config.model_type == WHISPER:
+        return float(feature_extractor.chunk_length)
+    return config.max_length * KALDI_HOP_SAMPLES / feature_extractor.sampling_rate if config.model_type == AST else None
+
+
 def fit_window(
     model: PreTrainedModel, feature_extractor: SequenceFeatureExtractor, max_length_seconds: float | None
 ) -> float | None:
@@ -288,6 +315,27 @@ def keep_layers(model: PreTrainedModel, num_layers: int) -> None:
     model.config.num_hidden_layers = num_layers
     if model.config.model_type == WHISPER:
         model.config.encoder_layers = num_layers
+
+
+def compile_layers(model: PreTrainedModel, backend: str | None, mode: str | None) -> None:
+    """Compiles each transformer layer, in place, where there is more than a head to train; nothing of it is saved.
+
+    The layers are alike, so that one compilation serves all of them.
+    """
+    if any(parameter.requires_grad for parameter in get_backbone(model).parameters()):
+        for layer in get_layers(model):
+            layer.compile(backend=backend or "inductor", mode=mode)
+
+
+def start_behind_convolutions(model: PreTrainedModel) -> None:
+    """Makes the model take the feature encoder's output, (batch, frames, channels), for `input_values`, in place.
+
+    The attention mask is then one of frames. Weights stay where they are, so that what is saved is the whole model.
+    """
+    backbone = get_backbone(model)
+    backbone.feature_extractor.forward = lambda frames: frames.float().transpose(1, 2)
+    for module in (model, backbone):
+        module._get_feat_extract_output_lengths = lambda lengths, *args, **kwargs: lengths
 
 
 def caches_backbone(arguments: ModelArguments) -> bool:

@@ -16,13 +16,21 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
-from speech_emotion.arguments import RECIPE_FILE, RUN_FILE, Arguments, describe_environment, resolve_recipe
+from speech_emotion.arguments import (
+    RECIPE_FILE,
+    RUN_FILE,
+    Arguments,
+    SpeechTrainingArguments,
+    describe_environment,
+    resolve_recipe,
+)
 from speech_emotion.corpora.table import SPLITS
+from speech_emotion.dropout import use_cpu_dropout
 from speech_emotion.errors import UserError
 from speech_emotion.features import PreparedSplits
 from speech_emotion.frozen import LayerScores
 from speech_emotion.metrics import Evaluation, summarize
-from speech_emotion.modeling import FIXED_WINDOW_TYPES, count_parameters
+from speech_emotion.modeling import FIXED_WINDOW_TYPES, compile_layers, count_parameters
 from speech_emotion.report import draw_figures, draw_layers, format_results, write_history, write_json, write_predictions
 from speech_emotion.tracking import Tracker
 
@@ -60,6 +68,15 @@ def use_all_cores(arguments: Arguments) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, cores // processes))
+
+
+def prepare_for_speed(model: PreTrainedModel, training: SpeechTrainingArguments) -> None:
+    """Compiles the layers if that is asked for; else gives a model that is trained on the CPU its quicker dropout."""
+    if training.torch_compile:
+        compile_layers(model, training.torch_compile_backend, training.torch_compile_mode)
+        training.torch_compile_backend = training.torch_compile_mode = None  # else Trainer would compile it all again
+    elif training.device.type == "cpu":
+        use_cpu_dropout(model)
 
 
 def open_output_dir(arguments: Arguments) -> Path:

@@ -213,3 +213,13 @@ def test_what_the_loop_does_not_know_is_refused(tone_folder, tmp_path):
             run_classification_no_trainer.main(flags(tmp_path, tone_folder, **change))
     with pytest.raises(UserError, match="key 'parallel': there is no such key"):
         run_classification.main(flags(tmp_path, tone_folder, parallel="dp"))
+
+
+@pytest.mark.parametrize("script", [run_classification, run_classification_no_trainer])
+def test_compiled_layers_train_the_same_and_are_saved_plain(script, tone_folder, tmp_path):
+    for name, backend in (("plain", None), ("compiled", "aot_eager")):
+        argv = loop_flags(tmp_path, tone_folder, out=name, freeze="feature_encoder", torch_compile_backend=backend)
+        script.main([*argv, "--pad_to_seconds", "0.25"])
+    steps = history(tmp_path / "plain") - history(tmp_path / "compiled")
+    assert len(steps) == STEPS and steps.abs().max(axis=None) < 1e-4
+    assert_same_weights(tmp_path / "plain", tmp_path / "compiled", rtol=0, atol=1e-3)

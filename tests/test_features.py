@@ -221,6 +221,15 @@ def test_what_is_random_about_a_row_depends_on_seed_epoch_and_row_alone(tone_fol
     assert not torch.equal(collate([rows[first[0]]])["input_values"], collate([rows[later[first[0]]]])["input_values"])
 
 
+def test_batches_are_padded_to_few_lengths_where_that_is_asked_for(tone_folder, tmp_path):
+    prepared = prepare(tone_split(tone_folder), extraction_for(), tmp_path)
+    rows = [prepared.train[row] | {"labels": 0} for row in range(4)]
+    longest = max(len(row["input_values"]) for row in rows)
+    batch = Collator(extraction_for(), True, Augmentation(), multiple=1000)(rows)
+    assert batch["input_values"].shape[1] == -(-longest // 1000) * 1000 == batch["attention_mask"].shape[1]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [len(row["input_values"]) for row in rows]
+
+
 def test_thorsten_is_prepared_whole(thorsten, tmp_path):
     arguments = DataArguments(dataset_name="thorsten_emotional", data_dir=str(thorsten))
 
