@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 demo: .venv/installed  ## Train, validate and test on the recordings that ship with the repository.
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -10,6 +10,9 @@ demo: .venv/installed  ## Train, validate and test on the recordings that ship w
 
 test: .venv/installed  ## Run the tests, in as many processes as there are cores.
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+bench: .venv/installed  ## Measure what is claimed about speed: the quick set, under five minutes.
+	$(BIN)/python -m benchmarks
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -11,6 +11,11 @@ test clip, the splits, figures, and the recipe that repeats the run.
 
 import logging
 
+from speech_emotion.startup import answer_at_once
+
+if __name__ == "__main__":
+    answer_at_once()
+
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 
 from speech_emotion.arguments import parse_arguments
@@ -75,7 +80,7 @@ def main(argv=None):
 
     # Training: our batches, loss, optimizer and schedule in transformers' loop.
     clips_per_step = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    sampler = LengthBucketSampler(prepared.train["length"], clips_per_step, training.seed, training.bucket_by_length)
+    sampler = LengthBucketSampler(prepared.train["length"][:], clips_per_step, training.seed, training.bucket_by_length)
     train_labels = prepared.train["labels"][:]
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = may_skip_parameters(model)

@@ -10,6 +10,11 @@ functions, so that only the loop differs, and both give the same losses step by 
 the same output folder. It validates and saves at each epoch's end.
 """
 
+from speech_emotion.startup import answer_at_once
+
+if __name__ == "__main__":
+    answer_at_once(with_loop=True)
+
 import contextlib
 import json
 import logging
@@ -96,7 +101,7 @@ def main(argv=None):
     else:
         rows = {name: ClipDataset(split.clips, getattr(prepared, name), extraction, args.seed) for name in SPLITS}
     clips_per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    sampler = LengthBucketSampler(prepared.train["length"], clips_per_step, args.seed, args.bucket_by_length)
+    sampler = LengthBucketSampler(prepared.train["length"][:], clips_per_step, args.seed, args.bucket_by_length)
     workers = {
         "collate_fn": collate,
         "num_workers": args.dataloader_num_workers,

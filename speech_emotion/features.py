@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Array2D, Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ArraySequence
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"  # written last: a folder without it is a preparation that broke off
 MAX_PROCESSES = 8
-CLIPS_PER_WRITE = 32
+CLIPS_PER_WRITE = 16
 MIN_CLIPS_PER_PROCESS = 256  # below, starting a process takes longer than its share of the work
 
 
@@ -177,7 +178,7 @@ def plan_splits(split: Split, extraction: Extraction, random_training: bool) -> 
     The column `window` says which of the clip's windows a row is (-1: all of the clip, to be cropped or augmented), for a
     Dataset that extracts in its `__getitem__`.
     """
-    audio = split.clips["audio"]
+    audio = split.clips["audio"][:]
     num_samples = [count_samples(a, extraction.sampling_rate) for a in audio]
 
     def plan(whole_clips: bool) -> Dataset:
@@ -197,15 +198,15 @@ def plan_splits(split: Split, extraction: Extraction, random_training: bool) -> 
 
 def select_splits(split: Split, features: Dataset, train_source: Dataset, num_bad: int, cache: Path | None) -> PreparedSplits:
     """Returns each split's rows of `features` (of `train_source`, for training), with their labels."""
-    labels = np.asarray(split.clips["label"])
+    labels = np.asarray(split.clips["label"][:])
     tables = {}
     for name in SPLITS:
         source = train_source if name == "train" else features
-        clip = np.asarray(source["clip"])
+        clip = np.asarray(source["clip"][:])
         wanted = np.concatenate([split.indices(part) for part in (split.trained if name == "train" else [name])])
         rows = np.flatnonzero(np.isin(clip, wanted))
         if name != "train":
-            rows = rows[np.argsort(np.asarray(source["length"])[rows], kind="stable")]
+            rows = rows[np.argsort(np.asarray(source["length"][:])[rows], kind="stable")]
         part = source.select(rows).remove_columns("error").add_column("labels", labels[clip[rows]])
         tables[name] = part.with_format("numpy")
     return PreparedSplits(split, tables["train"], tables["validation"], tables["test"], num_bad, features, cache)
@@ -227,7 +228,7 @@ def set_bad_clips_apart(split: Split, features: Dataset, on_bad_audio: str) -> t
     if on_bad_audio == "error":
         raise UserError(f"{message}\nMend or remove them, or go on without them: --on_bad_audio skip.")
     logger.warning(message)
-    splits = ["unusable" if row in bad else name for row, name in enumerate(split.clips["split"])]
+    splits = ["unusable" if row in bad else name for row, name in enumerate(split.clips["split"][:])]
     clips = split.clips.remove_columns("split").add_column("split", splits)
     notes = [*split.notes, f"{len(bad)} clips could not be used and are left out."]
     left = replace(split, clips=clips, notes=notes)
@@ -252,10 +253,12 @@ def prepare_table(
     """
     cache = folder / f"features-{fingerprint(clips, extraction, keep_waveform)}"
     processes = num_workers or min(os.cpu_count() or 1, MAX_PROCESSES, max(1, len(clips) // MIN_CLIPS_PER_PROCESS))
+    features = _features(extraction, keep_waveform)
+    prepare = functools.partial(_prepare_batch, extraction=extraction, keep_waveform=keep_waveform, features=features)
     table = map_once(
         clips.select_columns(["audio"]).add_column("clip", np.arange(len(clips))),
-        functools.partial(_prepare_batch, extraction=extraction, keep_waveform=keep_waveform, is_worker=processes > 1),
-        _features(extraction, keep_waveform),
+        functools.partial(prepare, is_worker=processes > 1),
+        features,
         cache,
         processes,
         CLIPS_PER_WRITE,
@@ -267,7 +270,7 @@ def prepare_table(
 
 def map_once(
     rows: Dataset,
-    function: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
+    function: Callable[[dict[str, list[Any]]], pa.Table],
     features: Features,
     cache: Path,
     num_processes: int,
@@ -346,8 +349,8 @@ def _features(extraction: Extraction, keep_waveform: bool) -> Features:
 
 
 def _prepare_batch(
-    batch: dict[str, list[Any]], extraction: Extraction, keep_waveform: bool, is_worker: bool
-) -> dict[str, list[Any]]:
+    batch: dict[str, list[Any]], extraction: Extraction, keep_waveform: bool, is_worker: bool, features: Features
+) -> pa.Table:
     if is_worker:
         # A forked process inherits OpenMP's locks but not its threads: a parallel region in it would wait for ever.
         torch.set_num_threads(1)
@@ -364,7 +367,33 @@ def _prepare_batch(
             rows["length"].append(len(piece))
             rows["error"].append(error)
             rows[column].append(piece)
-    return rows
+    return build_arrow_table(rows, features)
+
+
+def build_arrow_table(rows: dict[str, list[Any]], features: Features) -> pa.Table:
+    """Returns rows as an Arrow table, copying each array once: `datasets` itself copies them three times.
+
+    Args:
+        rows: the columns; arrays are (num_values,) for a `Sequence` and (first, second) for an `Array2D`.
+        features: of the columns.
+    """
+    schema, columns = features.arrow_schema, []
+    for field_ in schema:
+        values = rows[field_.name]
+        if not isinstance(values[0], np.ndarray):
+            columns.append(pa.array(values, type=field_.type))
+            continue
+        column = pa.array(np.concatenate([value.ravel() for value in values]))
+        if values[0].ndim == 2:
+            width = values[0].shape[1]
+            num_lists = len(column) // width
+            column = pa.ListArray.from_arrays(pa.array(np.arange(num_lists + 1) * width, pa.int32()), column)
+        offsets = np.cumsum([0, *(len(value) for value in values)])
+        column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), column)
+        if isinstance(field_.type, pa.ExtensionType):
+            column = pa.ExtensionArray.from_storage(field_.type, column.cast(field_.type.storage_type))
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def fingerprint(clips: Dataset, extraction: Extraction, keep_waveform: bool) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ArraySequence
@@ -31,7 +32,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from speech_emotion.arguments import ModelArguments, SpeechTrainingArguments
 from speech_emotion.batching import Collator, round_up
 from speech_emotion.errors import UserError
-from speech_emotion.features import PreparedSplits, map_once, select_splits
+from speech_emotion.features import PreparedSplits, build_arrow_table, map_once, select_splits
 from speech_emotion.metrics import compute_confusion_matrix, compute_uar
 from speech_emotion.modeling import (
     AST,
@@ -264,7 +265,7 @@ def _compute_once(
     for parameter in [*compute.parameters, *model.buffers()]:
         digest.update(parameter.detach().cpu().numpy().tobytes())
     cache = folder.with_name(f"frozen-{digest.hexdigest()}")
-    num_bytes = compute.count_values(np.asarray(rows["length"])) * np.dtype(compute.dtype).itemsize
+    num_bytes = compute.count_values(np.asarray(rows["length"][:])) * np.dtype(compute.dtype).itemsize
     if not cache.is_dir() or overwrite:
         what = "backbone's hidden states" if is_backbone else "feature encoder's output"
         logger.info(
@@ -275,12 +276,13 @@ def _compute_once(
     was_training = model.training
     model.eval()
     input_name = next(name for name in rows.column_names if name not in ("clip", "length", "error", COLUMN))
-    function = functools.partial(_map_batch, compute=compute, input_name=input_name, training=training)
-    features = {name: rows.features[name] for name in ("clip", "length", "error")}
+    features = Features({name: rows.features[name] for name in ("clip", "length", "error")})
+    features[COLUMN] = ArraySequence(Value(compute.dtype))
+    function = functools.partial(_map_batch, compute=compute, input_name=input_name, training=training, features=features)
     table = map_once(
         rows.with_format("numpy"),
         function,
-        Features({**features, COLUMN: ArraySequence(Value(compute.dtype))}),
+        features,
         cache,
         num_processes=1,
         batch_size=ROWS_PER_WRITE,
@@ -293,8 +295,12 @@ def _compute_once(
 
 @torch.no_grad()
 def _map_batch(
-    batch: dict[str, Any], compute: Callable[[torch.Tensor], torch.Tensor], input_name: str, training: SpeechTrainingArguments
-) -> dict[str, Any]:
+    batch: dict[str, Any],
+    compute: Callable[[torch.Tensor], torch.Tensor],
+    input_name: str,
+    training: SpeechTrainingArguments,
+    features: Features,
+) -> pa.Table:
     device, inputs = training.device, list(batch[input_name])
     dtype = torch.bfloat16 if training.bf16 else torch.float16
     values: list[np.ndarray] = []
@@ -307,7 +313,8 @@ def _map_batch(
         raise UserError(
             f"key 'cache_frozen': the frozen part gives numbers that {compute.dtype} cannot hold. Use --cache_frozen false."
         )
-    return {name: batch[name] for name in ("clip", "length", "error")} | {COLUMN: values}
+    rows = {name: list(batch[name]) for name in ("clip", "length", "error")}
+    return build_arrow_table(rows | {COLUMN: values}, features)
 
 
 def _check_space(cache: Path, num_bytes: int) -> None:
@@ -354,7 +361,7 @@ def compare_layers(prepared: PreparedSplits, compute: _LayerMeans) -> LayerScore
     tables = {name: getattr(prepared, name) for name in ("train", "validation")}
     states = {name: np.stack([np.asarray(row) for row in table[COLUMN][:]]).reshape(len(table), -1, compute.width)
               for name, table in tables.items()}  # fmt: skip
-    labels = {name: np.asarray(table["labels"]) for name, table in tables.items()}
+    labels = {name: np.asarray(table["labels"][:]) for name, table in tables.items()}
     num_labels = max(part.max() for part in labels.values()) + 1
     uar = np.zeros(compute.num_layers)
     for layer in range(1, compute.num_layers + 1):

@@ -146,10 +146,10 @@ class Evaluation:
 
 def evaluate_logits(logits: np.ndarray, table: Dataset, label_names: list[str]) -> Evaluation:
     """Turns the logits of a prepared table's rows, in its order, into one answer a clip."""
-    clips = np.asarray(table["clip"])
+    clips = np.asarray(table["clip"][:])
     numbers, mean_logits = average_windows(np.asarray(logits, dtype=np.float32), clips)
     first_row = np.unique(clips, return_index=True)[1]
-    return Evaluation(numbers, np.asarray(table["labels"])[first_row], mean_logits, label_names)
+    return Evaluation(numbers, np.asarray(table["labels"][:])[first_row], mean_logits, label_names)
 
 
 def compute_results(evaluation: Evaluation) -> dict[str, float]:
@@ -173,7 +173,7 @@ def choose_clusters(clips: Dataset) -> tuple[str, np.ndarray]:
         "speaker", "sentence" or "clip", and each clip's cluster, (num_clips,).
     """
     for column in ("speaker_id", "sentence_id"):
-        groups = np.asarray(clips[column], dtype=object)
+        groups = np.asarray(clips[column][:], dtype=object)
         if None not in set(groups) and len(set(groups)) >= MIN_CLUSTERS:
             return column.removesuffix("_id"), np.unique(groups.astype(str), return_inverse=True)[1]
     return "clip", np.arange(len(clips))

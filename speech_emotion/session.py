@@ -183,7 +183,7 @@ def finish_run(
 def describe_run(arguments: Arguments, prepared: PreparedSplits, model: PreTrainedModel, num_padded: float) -> str:
     """Returns what is about to happen, as sentences."""
     training, split = arguments.training, prepared.split
-    names, labels = split.clips.features["label"].names, np.asarray(split.clips["label"])
+    names, labels = split.clips.features["label"].names, np.asarray(split.clips["label"][:])
     lines = [
         f"{len(split.clips)} clips of {arguments.data.dataset_name}, split so that no two splits share a "
         + (" or ".join(column.removesuffix("_id") for column in split.split_by) if split.split_by else "clip")
@@ -192,7 +192,7 @@ def describe_run(arguments: Arguments, prepared: PreparedSplits, model: PreTrain
     for part in SPLITS:
         rows = split.indices(part)
         counts = np.bincount(labels[rows], minlength=len(names))
-        seconds = float(np.nansum(np.asarray(split.clips["duration"])[rows]))
+        seconds = float(np.nansum(np.asarray(split.clips["duration"][:])[rows]))
         per_class = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
         lines.append(f"  {part:10} {len(rows):6} clips, {seconds / 60:6.1f} min: {per_class}")
     lines += [f"  {note}" for note in split.notes]

@@ -38,7 +38,7 @@ class Split:
 
     def indices(self, split: str) -> np.ndarray:
         """Returns the rows of `clips` in this split, int64 of shape (num_clips,)."""
-        return np.flatnonzero(np.asarray(self.clips["split"]) == split)
+        return np.flatnonzero(np.asarray(self.clips["split"][:]) == split)
 
 
 def split_corpus(corpus: Dataset | DatasetDict, data: DataArguments, seed: int) -> Split:
@@ -144,14 +144,14 @@ def draw_splits(
     Returns:
         object array of shape (num_clips,): a split's name, or "bridge" where two columns disagree.
     """
-    labels = np.asarray(clips["label"])
+    labels = np.asarray(clips["label"][:])
     num_labels = clips.features["label"].num_classes
     columns = split_by or [None]
     if any(named.values()) and len(columns) != 1:
         raise UserError("keys 'test_groups' and 'validation_groups' need one column in split_by, not two.")
     drawn = []
     for column in columns:
-        groups = np.asarray(clips[column]) if column else np.arange(len(clips)).astype(str)
+        groups = np.asarray(clips[column][:]) if column else np.arange(len(clips)).astype(str)
         drawn.append(_draw_by_one_column(groups, labels, num_labels, fractions, named, seed, column or "clip"))
     return np.where(np.all([d == drawn[0] for d in drawn], axis=0), drawn[0], "bridge").astype(object)
 
@@ -228,7 +228,7 @@ def count_shared_groups(clips: Dataset, splits: np.ndarray, columns: list[str]) 
     """Returns, for each column, how many groups occur in more than one split; columns without any are left out."""
     shared = {}
     for column in columns:
-        groups = np.asarray(clips[column], dtype=object)
+        groups = np.asarray(clips[column][:], dtype=object)
         parts = [set(groups[splits == split]) - {None} for split in SPLITS]
         count = len((parts[0] & parts[1]) | (parts[0] & parts[2]) | (parts[1] & parts[2]))
         if count:
@@ -240,7 +240,7 @@ def describe_overlap(split: Split) -> list[str]:
     """Returns a sentence for each known column of groups on how many of the test's groups training has heard."""
     sentences = []
     for column in ("speaker_id", "sentence_id"):
-        groups = np.asarray(split.clips[column], dtype=object)
+        groups = np.asarray(split.clips[column][:], dtype=object)
         train = set(groups[np.concatenate([split.indices(name) for name in split.trained])]) - {None}
         test = set(groups[split.indices("test")]) - {None}
         if not test:
@@ -257,7 +257,7 @@ def describe_overlap(split: Split) -> list[str]:
 
 def check_labels_are_learnable(split: Split) -> None:
     """Raises `UserError` where a split is empty or a label of validation or test has no clip to learn from."""
-    labels, names = np.asarray(split.clips["label"]), split.clips.features["label"].names
+    labels, names = np.asarray(split.clips["label"][:]), split.clips.features["label"].names
     present = {name: set(labels[split.indices(name)]) for name in SPLITS}
     for name in SPLITS:
         if not present[name]:

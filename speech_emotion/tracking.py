@@ -161,7 +161,7 @@ class Tracker:
         """Logs the recipe, the splits and how many clips of each class they hold."""
         if self.experiment is None:
             return
-        names, labels = split.clips.features["label"].names, np.asarray(split.clips["label"])
+        names, labels = split.clips.features["label"].names, np.asarray(split.clips["label"][:])
         counts = {part: np.bincount(labels[split.indices(part)], minlength=len(names)) for part in SPLITS}
         self._guard(lambda: self.experiment.log_parameters({f"recipe/{key}": value for key, value in recipe.items()}))
         self._guard(lambda: self.experiment.log_asset_data(recipe, name="recipe.json"))

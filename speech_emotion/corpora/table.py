@@ -90,7 +90,7 @@ def keep_labels(corpus: Dataset | DatasetDict, label_names: list[str]) -> Datase
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise UserError(f"key 'class_names': the corpus has no class '{name}', but {', '.join(old_names)}.{hint}")
     new_index = np.array([label_names.index(name) if name in label_names else -1 for name in old_names])
-    labels = new_index[np.asarray(corpus["label"])]
+    labels = new_index[np.asarray(corpus["label"][:])]
     kept = np.flatnonzero(labels >= 0)
     features = Features({**corpus.features, "label": ClassLabel(names=label_names)})
     table = corpus.select(kept).remove_columns("label").add_column("label", labels[kept])
