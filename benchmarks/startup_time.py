@@ -45,7 +45,7 @@ def first_step_seconds() -> float:
 
 def measure(quick: bool = False) -> list[Row]:
     """Returns the rows of item 9; the first run warms the caches."""
-    rounds = 2 if quick else 5
+    rounds = 1 if quick else 5
     help_seconds(), first_step_seconds()
     answered = statistics.median(help_seconds() for _ in range(rounds))
     stepped = statistics.median(first_step_seconds() for _ in range(rounds))

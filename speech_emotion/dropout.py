@@ -31,11 +31,16 @@ class _Drop(torch.autograd.Function):
         levels = draws.view(torch.int16)[: values.numel()].view(values.shape)
         ctx.kept = (levels >= num_dropped_levels - LEVELS // 2).view(torch.uint8)
         ctx.scale = LEVELS / (LEVELS - num_dropped_levels)
-        return (values * ctx.kept).mul_(ctx.scale)
+        return _scale(values, ctx.kept, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return (gradient * ctx.kept).mul_(ctx.scale), None
+        return _scale(gradient, ctx.kept, ctx.scale), None
+
+
+def _scale(values: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
+    # 0 + scale * values * kept: both products in one pass over the memory.
+    return torch.addcmul(values.new_zeros(()), values, kept, value=scale)
 
 
 def drop(values: torch.Tensor, p: float) -> torch.Tensor:

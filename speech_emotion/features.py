@@ -402,7 +402,8 @@ def fingerprint(clips: Dataset, extraction: Extraction, keep_waveform: bool) -> 
     A file counts as the same while its path, size and time of modification are; bytes from a Hub data set are hashed.
     """
     digest = hashlib.blake2b(digest_size=16)
-    flat = clips.select_columns(["audio"]).flatten()
+    # Without a format: concatenated splits carry one that names the columns as they were before.
+    flat = clips.select_columns(["audio"]).with_format(None).flatten()
     for row in flat.select_columns(["audio.path", "audio.bytes"]).iter(batch_size=1000):
         for path, content in zip(row["audio.path"], row["audio.bytes"], strict=True):
             if content is not None:

@@ -287,7 +287,7 @@ def write_splits(split: Split, path: Path) -> None:
 
 def clip_names(clips: Dataset) -> list[str]:
     """Returns each clip's path below the folder that all of them share, so that no local path is told."""
-    paths = clips.select_columns(["audio"]).flatten()["audio.path"]  # without the bytes that a Hub data set has
+    paths = clips.select_columns(["audio"]).with_format(None).flatten()["audio.path"]  # without the bytes that a Hub data set has
     paths = [Path(path or f"clip_{row}") for row, path in enumerate(paths)]
     parents = [path.parent.parts for path in paths]
     depth = 0

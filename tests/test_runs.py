@@ -138,6 +138,19 @@ def test_other_optimizers_and_schedules_train(optim, schedule, tone_folder, tmp_
     assert "eval_uar" in logged
 
 
+def test_splits_that_come_as_folders_are_trained_and_tested_on(tone_folder, tmp_path):
+    for path in tone_folder.rglob("*.wav"):
+        split = {"3": "validation", "4": "test"}.get(path.stem[3], "train")
+        target = tmp_path / "given" / split / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    results = run_classification.main(flags(tmp_path, tmp_path / "given"))
+    assert results["test_num_clips"] == 6
+    splits = pd.read_csv(tmp_path / "out" / "splits.csv")
+    assert splits["split"].value_counts().to_dict() == {"train": 18, "validation": 6, "test": 6}
+    assert all(path.startswith(split) for path, split in zip(splits["path"], splits["split"], strict=True))
+
+
 def test_augmented_and_cropped_training_runs(tone_folder, tmp_path):
     results = run_classification.main(
         flags(tmp_path, tone_folder, "wav2vec2", augment_speed=0.1, augment_gain_db=6, augment_time_mask_seconds=0.1,
