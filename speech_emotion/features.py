@@ -32,7 +32,7 @@ from speech_emotion.splits import Split, check_labels_are_learnable, clip_names
 logger = logging.getLogger(__name__)
 
 # Part of the fingerprint: raise it when a change to this module changes what is stored.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FILE = "index.json"  # written last: a folder without it is a preparation that broke off
 MAX_PROCESSES = 8
 CLIPS_PER_WRITE = 16
@@ -77,7 +77,10 @@ class Extraction:
         if len(waveform) < self.min_samples:
             waveform = np.pad(waveform, (0, self.min_samples - len(waveform)))
         batch = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, return_tensors="np")
-        return np.asarray(batch[self.input_name][0], dtype=np.float32)
+        features = np.asarray(batch[self.input_name][0], dtype=np.float32)
+        if features.ndim == 2 and "attention_mask" in batch and len(batch["attention_mask"][0]) == len(features):
+            features = features[: int(batch["attention_mask"][0].sum())]  # wav2vec2-bert's pads to whole pairs of frames
+        return features
 
     def length(self, num_samples: int) -> int:
         """Returns the first dimension of the features of so many samples, without computing them."""

@@ -39,6 +39,8 @@ from speech_emotion.modeling import (
 # Of audio with its padding: what a CPU's cache likes (measured), and what fills a GPU and fits a small one.
 SECONDS_PER_BATCH = {"cpu": 40.0, "cuda": 240.0, "mps": 120.0}
 MAX_WINDOWS_PER_BATCH = 64
+# Their convolutions between the layers look past a clip's end, into padding: only clips of one length go together.
+LEAKY_TYPES = ("wav2vec2-conformer", "data2vec-audio")
 CLIPS_PER_SORT = 512  # sorted by length together; so many waveforms are in memory at once
 READER_THREADS = 2  # that decode while the model computes
 
@@ -134,6 +136,8 @@ class Classifier:
             yield from run()
 
     def _is_full(self, rows: list[tuple[int, np.ndarray]], features: np.ndarray) -> bool:
+        if self.model.config.model_type in LEAKY_TYPES and len(rows[0][1]) != len(features):
+            return True
         # Spectrograms are those of a fixed window, or (wav2vec2-bert) have a frame for each 20 ms.
         samples = max(len(rows[0][1]), len(features)) * (1 if features.ndim == 1 else KALDI_HOP_SAMPLES * 2)
         samples = self.extraction.window_samples or samples
