@@ -223,6 +223,13 @@ class SpeechTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Learning rate of the new classification head; by default learning_rate, as for the rest."},
     )
+    head_only_epochs: float = field(
+        default=0.0,
+        metadata={
+            "help": "The head is trained alone for so many epochs first, so that a random head does not bend what was "
+            "pretrained (linear probing, then fine-tuning: arXiv 2202.10054)."
+        },
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 mixed precision; by default where the hardware computes it fast."}
     )
@@ -590,6 +597,10 @@ def _check_values(model: ModelArguments, data: DataArguments, training: SpeechTr
             refuse("split_by", f"'{key}' is not a group: take speaker_id, sentence_id, or both.")
     if data.train_on_validation and training.early_stopping_patience is not None:
         refuse("early_stopping_patience", "has nothing to go by with train_on_validation: leave one of them out.")
+    if training.head_only_epochs < 0:
+        refuse("head_only_epochs", f"is {training.head_only_epochs}, and must be at least 0.")
+    if training.head_only_epochs and training.lr_scheduler_type in TORCH_SCHEDULES:
+        refuse("head_only_epochs", f"does not go with the schedule '{training.lr_scheduler_type}': take linear or cosine, say.")
     best = str(training.metric_for_best_model or "loss").removeprefix("eval_")
     if best not in ("uar", "accuracy", "f1_macro", "loss") and not best.startswith("recall_"):
         refuse("metric_for_best_model", f"'{best}' is none of uar, accuracy, f1_macro, loss and recall_CLASS.")

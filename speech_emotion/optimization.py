@@ -71,9 +71,8 @@ def build_optimizer(model: PreTrainedModel, training: SpeechTrainingArguments) -
             ]
             if parameters:
                 decay = training.weight_decay if is_decayed else 0.0
-                groups.append(
-                    {"params": parameters, "lr": head_rate if is_head else training.learning_rate, "weight_decay": decay}
-                )
+                rate = head_rate if is_head else training.learning_rate
+                groups.append({"params": parameters, "lr": rate, "weight_decay": decay, "is_head": is_head})
 
     adam = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
     builders = {
@@ -90,6 +89,25 @@ def build_optimizer(model: PreTrainedModel, training: SpeechTrainingArguments) -
         return builders[training.optim]({key: float(value) for key, value in pairs})
     except (TypeError, ValueError) as error:
         raise UserError(f"key 'optim_args': '{training.optim_args}' does not fit {training.optim} ({error}).") from error
+
+
+def _hold_backbone(scheduler: lr_scheduler.LRScheduler, num_steps: int) -> lr_scheduler.LRScheduler:
+    # A learning rate of zero leaves weights as they are, weight decay included.
+    if num_steps == 0:
+        return scheduler
+    if not isinstance(scheduler, lr_scheduler.LambdaLR):
+        raise UserError("key 'head_only_epochs': goes with linear, cosine and the other schedules by step only.")
+
+    def hold(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: 0.0 if step < num_steps else factor(step)
+
+    groups = scheduler.optimizer.param_groups
+    pairs = zip(groups, scheduler.lr_lambdas, strict=True)
+    scheduler.lr_lambdas = [factor if group["is_head"] else hold(factor) for group, factor in pairs]
+    for group in groups:
+        group["lr"] = group["lr"] if group["is_head"] else 0.0
+    scheduler._last_lr = [group["lr"] for group in groups]
+    return scheduler
 
 
 def build_scheduler(
@@ -111,11 +129,12 @@ def build_scheduler(
     """
     name, kwargs = training.lr_scheduler_type, dict(training.lr_scheduler_kwargs or {})
     try:
+        steps_per_epoch = max(1, math.ceil(num_steps / max(training.num_train_epochs, 1)))
         if name not in TORCH_SCHEDULES:
-            return get_scheduler(
+            scheduler = get_scheduler(
                 name, optimizer, training.get_warmup_steps(num_steps), num_steps, scheduler_specific_kwargs=kwargs
             )
-        steps_per_epoch = max(1, math.ceil(num_steps / max(training.num_train_epochs, 1)))
+            return _hold_backbone(scheduler, round(training.head_only_epochs * steps_per_epoch))
         if name == "step":
             period = round(kwargs.pop("step_size", 1) * steps_per_epoch)
             return lr_scheduler.StepLR(optimizer, step_size=max(1, period), **kwargs)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from safetensors.numpy import load_file
 from transformers import AutoModelForAudioClassification
 
 from speech_emotion.arguments import SpeechTrainingArguments
@@ -98,3 +99,20 @@ def test_warm_up_takes_a_share_of_the_steps(model, tmp_path):
     arguments = training(tmp_path, learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=0.25)
     found = rates(model, arguments, 12)
     assert found[0] == 0 and found[3] == max(found) == 1.0 and found[-1] == pytest.approx(1 / 9)
+
+
+def test_the_head_is_trained_alone_first(tone_folder, tmp_path):
+    from test_runs import flags
+
+    import run_classification
+
+    common = {"learning_rate": 1e-2, "seed": 1}
+    run_classification.main(flags(tmp_path, tone_folder, output_dir=tmp_path / "a", num_train_epochs=2, save_total_limit=9,
+                                  head_only_epochs=1, **common))  # fmt: skip
+    first, last = (load_file(tmp_path / "a" / f"checkpoint-{step}" / "model.safetensors") for step in (5, 10))
+    run_classification.main(flags(tmp_path, tone_folder, output_dir=tmp_path / "b", max_steps=1, head_only_epochs=9, **common))
+    start = load_file(tmp_path / "b" / "model.safetensors")
+    for name in start:
+        is_head = name.startswith("classifier.")
+        assert np.array_equal(first[name], start[name]) != is_head, name  # only the head had moved after an epoch
+    assert any(not np.array_equal(first[name], last[name]) for name in start if not name.startswith("classifier."))
