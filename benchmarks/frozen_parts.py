@@ -112,7 +112,8 @@ def measure(quick: bool = False) -> list[Row]:
     """Returns the rows of items 3, 4 and 5."""
     clips = make_clips(work_folder() / "few_clips", 40) if quick else make_clips(work_folder() / "clips", 240)
     rounds = 1 if quick else 3
-    return [*([] if quick else [measure_prefix(clips, rounds)]), measure_probe(clips, rounds), *measure_windows(max(rounds, 2))]
+    prefix = [] if quick else [measure_prefix(clips, rounds)]
+    return [*prefix, measure_probe(clips, rounds), *measure_windows(max(rounds, 2))]
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def measure(quick: bool = False) -> list[Row]:
         return result["seconds"]
 
     seconds = in_turn({"other": lambda: take("other", run_plain(data, model, work / "plain")),
-                       "ours": lambda: take("ours", run_ours(data, model, work / "whole"))}, 1 if quick else 3)  # fmt: skip
+                       "ours": lambda: take("ours", run_ours(data, model, work / "whole"))}, 1 if quick else 2)  # fmt: skip
     other, ours = ({key: min(run[key] for run in runs[side]) for key in ("peak", "loss", "steps")} for side in ("other", "ours"))
     size = f"{40 if quick else 240} clips"
     memory = ours["peak"] / other["peak"]
