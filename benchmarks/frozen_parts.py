@@ -111,7 +111,7 @@ def measure_windows(rounds: int) -> list[Row]:
 def measure(quick: bool = False) -> list[Row]:
     """Returns the rows of items 3, 4 and 5."""
     clips = make_clips(work_folder() / "few_clips", 40) if quick else make_clips(work_folder() / "clips", 240)
-    rounds = 1 if quick else 3
+    rounds = 1 if quick else 2
     prefix = [] if quick else [measure_prefix(clips, rounds)]
     return [*prefix, measure_probe(clips, rounds), *measure_windows(max(rounds, 2))]
 

@@ -254,9 +254,9 @@ def measure_compiled(folder: str, rounds: int) -> Row:
 def measure(quick: bool = False) -> list[Row]:
     """Returns the rows of items 2, 6 and 8."""
     folder = str(save_model(work_folder() / "wav2vec2-base"))
-    rounds = 1 if quick else 5
+    rounds = 1 if quick else 3
     rows = measure_padding()
-    rows.append(measure_steps(folder, 1 if quick else 3, 1 if quick else 4))
+    rows.append(measure_steps(folder, 1 if quick else 2, 1 if quick else 4))
     rows += measure_waiting(quick)
     for bf16 in (True, False) if has_fast_bfloat16(use_cpu=True) else (False,):
         rows.append(measure_rate(folder, bf16, rounds, BATCH if quick or not bf16 else 2 * BATCH))
