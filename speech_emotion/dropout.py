@@ -2,15 +2,16 @@
 
 torch draws one random number a value, one after the other on a single core: with the dropout of 0.1 that wav2vec2 and its
 relatives train with, that is 40 % of a training step on a CPU with fast bfloat16 (measured: benchmarks/README.md). One
-64-bit random number holds four decisions of 16 bits each, which is as random and four times quicker; attention draws
+64-bit random number holds four decisions of 16 bits each, and a quicker generator (numpy's SFC64) draws it; attention draws
 them for a whole score matrix.
 
-Values are dropped with the same probability (to within 2^-17) and scaled in the same way, from torch's own generator, so that
-seeds and resumed runs hold. GPUs have a fast dropout of their own.
+Values are dropped with the same probability (to within 2^-17) and scaled in the same way. torch's own generator gives each
+mask its seed, so that seeds and resumed runs hold. GPUs have a fast dropout of their own.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -27,8 +28,10 @@ class _Drop(torch.autograd.Function):
     def forward(ctx: Any, values: torch.Tensor, p: float) -> torch.Tensor:
         num_dropped_levels = round(p * LEVELS)
         num_draws = -(-values.numel() // DECISIONS_PER_DRAW)
-        draws = torch.empty(num_draws, dtype=torch.int64).random_(-(2**63), None)
-        levels = draws.view(torch.int16)[: values.numel()].view(values.shape)
+        # Seeded by torch's generator, and three times as fast as it.
+        seed = int(torch.empty((), dtype=torch.int64).random_().numpy())
+        draws = torch.from_numpy(np.random.SFC64(seed).random_raw(num_draws).view(np.int16))
+        levels = draws[: values.numel()].view(values.shape)
         ctx.kept = (levels >= num_dropped_levels - LEVELS // 2).view(torch.uint8)
         ctx.scale = LEVELS / (LEVELS - num_dropped_levels)
         return _scale(values, ctx.kept, ctx.scale)
