@@ -144,8 +144,9 @@ def build_resampler(source_rate: int, target_rate: int) -> Callable[[np.ndarray]
 
     def apply(waveform: np.ndarray) -> np.ndarray:
         num_frames = len(waveform) // step + 1
-        padded = torch.zeros((num_frames - 1) * step + rows.shape[1] + width)
-        padded[width : width + len(waveform)] = torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
+        samples = np.zeros((num_frames - 1) * step + rows.shape[1] + width, dtype=np.float32)
+        samples[width : width + len(waveform)] = waveform
+        padded = torch.from_numpy(samples)
         result = torch.empty(num_frames, len(rows))
         for first, last, low, taps in blocks:
             frames = padded.as_strided((num_frames, len(taps)), (step, 1), low)
