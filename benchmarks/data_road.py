@@ -130,7 +130,7 @@ def measure(quick: bool = False) -> list[Row]:
             shutil.rmtree(cache, ignore_errors=True)
 
     seconds = in_turn({"other": lambda: on_one_core("touch_all", str(clips)) / CLIPS,
-                       "ours": lambda: ours(some, 1) / SOME_CLIPS}, 3 if quick else 7)  # fmt: skip
+                       "ours": lambda: ours(some, 1) / SOME_CLIPS}, 1 if quick else 7)  # fmt: skip
     rows = [compare(f"preparation, one core ({DECODER})", 1 / seconds["other"], 1 / seconds["ours"], "clips/s", 5)]
 
     cache = work / "cache_second"

@@ -113,7 +113,7 @@ def measure(quick: bool = False) -> list[Row]:
     clips = make_clips(work_folder() / "few_clips", 40) if quick else make_clips(work_folder() / "clips", 240)
     rounds = 1 if quick else 2
     prefix = [] if quick else [measure_prefix(clips, rounds)]
-    return [*prefix, measure_probe(clips, rounds), *measure_windows(max(rounds, 2))]
+    return [*prefix, measure_probe(clips, rounds), *measure_windows(rounds)]
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def measure_steps(folder: str, rounds: int, num_batches: int) -> Row:
     for ours in (False, True):
         batches = list(make_batches(lengths, orders[ours], ours))[:num_batches]
         _, step = build(folder, ours, bf16 and ours)
-        step(*batches[0])
+        step(*next(make_batches(lengths, orders[ours][:1], ours)))
         seconds_of_audio = lengths[orders[ours][: num_batches * BATCH]].sum()
         sides[ours] = lambda step=step, batches=batches, audio=seconds_of_audio: audio / time_step(step, batches)
     # By seconds of audio, since the few batches that are timed need not hold clips of the same length on both sides.
@@ -258,7 +258,8 @@ def measure(quick: bool = False) -> list[Row]:
     rows = measure_padding()
     rows.append(measure_steps(folder, 1 if quick else 2, 1 if quick else 4))
     rows += measure_waiting(quick)
-    for bf16 in (True, False) if has_fast_bfloat16(use_cpu=True) else (False,):
+    fast = has_fast_bfloat16(use_cpu=True)
+    for bf16 in ((True,) if quick else (True, False)) if fast else (False,):
         rows.append(measure_rate(folder, bf16, rounds, BATCH if quick or not bf16 else 2 * BATCH))
     if not quick:
         rows.append(measure_compiled(folder, rounds))
