@@ -232,6 +232,21 @@ def measure_waiting(quick: bool) -> list[Row]:
     ]
 
 
+def measure_dropout(folder: str, rounds: int) -> Row:
+    """Returns clips a second of our eager step with torch's dropout, and with ours."""
+    bf16 = has_fast_bfloat16(use_cpu=True)
+    batches = list(make_batches(np.full(BATCH, float(CLIP_SECONDS)), np.arange(BATCH), True))
+    sides = {}
+    for name, dropout in (("other", False), ("ours", True)):
+        _, step = build(folder, True, bf16, dropout=dropout)
+        step(*batches[0])
+        sides[name] = lambda step=step: BATCH * STEPS / time_step(step, batches * STEPS)
+    rates = in_turn(sides, rounds)
+    row = compare("dropout on a CPU, ours against torch's, a whole step", rates["other"], rates["ours"], "clips/s", 1.0)
+    row.goal = "> 1x"
+    return row
+
+
 def measure_compiled(folder: str, rounds: int) -> Row:
     """Returns clips a second with compiled layers against our eager step, after compilation."""
     bf16 = has_fast_bfloat16(use_cpu=True)
@@ -262,7 +277,7 @@ def measure(quick: bool = False) -> list[Row]:
     for bf16 in ((True,) if quick else (True, False)) if fast else (False,):
         rows.append(measure_rate(folder, bf16, rounds, BATCH if quick or not bf16 else 2 * BATCH))
     if not quick:
-        rows.append(measure_compiled(folder, rounds))
+        rows += [measure_dropout(folder, rounds), measure_compiled(folder, rounds)]
     return rows
 
 

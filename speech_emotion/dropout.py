@@ -1,7 +1,7 @@
 """Dropout that costs a CPU little.
 
 torch draws one random number a value, one after the other on a single core: with the dropout of 0.1 that wav2vec2 and its
-relatives train with, that is 40 % of a training step on a CPU with fast bfloat16 (measured: benchmarks/README.md). One
+relatives train with, that is a third of a training step on a CPU with fast bfloat16 (benchmarks/README.md). One
 64-bit random number holds four decisions of 16 bits each, and a quicker generator (numpy's SFC64) draws it; attention draws
 them for a whole score matrix.
 
