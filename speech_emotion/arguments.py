@@ -102,7 +102,10 @@ class DataArguments:
 
     dataset_name: str = field(
         default="demo",
-        metadata={"help": "demo, thorsten_emotional, audio_folder, manifest, or a data set's Hub id or folder."},
+        metadata={
+            "help": "demo, thorsten_emotional, emodb, ravdess, crema_d, tess, savee, esd, iemocap, meld, emov_db, "
+            "msp_podcast, audio_folder, manifest, or a data set's Hub id or folder."
+        },
     )
     dataset_config_name: str | None = field(
         default=None,
@@ -140,8 +143,8 @@ class DataArguments:
     split_by: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What no two splits share: speaker_id, sentence_id, or both. By default speaker_id where there "
-            "are at least 3 speakers, else sentence_id."
+            "help": "What no two splits share: session_id, speaker_id, sentence_id, or two of them. By default the first "
+            "of these that the corpus knows and has at least 3 of."
         },
     )
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of the groups for validation."})
@@ -165,6 +168,10 @@ class DataArguments:
             "help": "Train on the validation clips as well, once all else is chosen. Validation then measures nothing, "
             "so the last model is taken instead of the best."
         },
+    )
+    train_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Share of the training groups (sentences, speakers) that is trained on; the test stays the same."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many clips."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Validate on at most so many clips."})
@@ -590,11 +597,13 @@ def _check_values(model: ModelArguments, data: DataArguments, training: SpeechTr
         value = getattr(data, key)
         if value is not None and value <= 0:
             refuse(key, f"is {value}, and must be above 0; leave it out for no limit.")
+    if not 0 < data.train_fraction <= 1:
+        refuse("train_fraction", f"is {data.train_fraction}, and must be above 0 and at most 1.")
     if not 0 <= data.augment_speed < 0.5:
         refuse("augment_speed", f"is {data.augment_speed}, and must be at least 0 and below 0.5.")
     for key in data.split_by or []:
-        if key not in ("speaker_id", "sentence_id"):
-            refuse("split_by", f"'{key}' is not a group: take speaker_id, sentence_id, or both.")
+        if key not in ("session_id", "speaker_id", "sentence_id"):
+            refuse("split_by", f"'{key}' is not a group: take session_id, speaker_id or sentence_id.")
     if data.train_on_validation and training.early_stopping_patience is not None:
         refuse("early_stopping_patience", "has nothing to go by with train_on_validation: leave one of them out.")
     if training.head_only_epochs < 0:

@@ -165,14 +165,14 @@ def compute_results(evaluation: Evaluation) -> dict[str, float]:
 
 
 def choose_clusters(clips: Dataset) -> tuple[str, np.ndarray]:
-    """Returns what the bootstrap draws: the speakers where there are at least five, else sentences, else clips.
+    """Returns what the bootstrap draws: sessions, speakers or sentences, the first with at least five, else clips.
 
     Clips of one speaker or sentence resemble each other; an interval that draws them singly is too narrow.
 
     Returns:
-        "speaker", "sentence" or "clip", and each clip's cluster, (num_clips,).
+        "session", "speaker", "sentence" or "clip", and each clip's cluster, (num_clips,).
     """
-    for column in ("speaker_id", "sentence_id"):
+    for column in ("session_id", "speaker_id", "sentence_id"):
         groups = np.asarray(clips[column][:], dtype=object)
         if None not in set(groups) and len(set(groups)) >= MIN_CLUSTERS:
             return column.removesuffix("_id"), np.unique(groups.astype(str), return_inverse=True)[1]

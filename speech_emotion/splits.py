@@ -4,21 +4,24 @@ A random split of clips leaks: the same sentence, or the same voice, stands on b
 well it is remembered.
 """
 
+import hashlib
+import io
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import soundfile
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import SPLITS
+from speech_emotion.corpora.table import GROUP_COLUMNS, SPLITS
 from speech_emotion.errors import UserError, list_offenders
 
 logger = logging.getLogger(__name__)
 
 SPLITS_FILE = "splits.csv"
-MIN_SPEAKERS = 3  # one for each split
 NUM_DRAWS = 200  # random assignments of groups, of which the best stratified is taken
 
 
@@ -27,7 +30,8 @@ class Split:
     """Clips with their split, and what is to be said of it.
 
     `clips` is the common table with the further column `split`, in the corpus's order; `split_by` the columns kept
-    apart (empty where clips were drawn singly or the corpus gives its splits); `notes` are sentences for the results.
+    apart (empty where clips were drawn singly or the corpus gives its splits); `notes` are sentences for the results;
+    `trained` the splits that are trained on; `overlaps` the rows of `compute_overlaps`.
     """
 
     clips: Dataset
@@ -35,6 +39,17 @@ class Split:
     leaked: dict[str, int]
     notes: list[str]
     trained: tuple[str, ...] = ("train",)
+    overlaps: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def speaker_dependence(self) -> str:
+        """Whether test speakers are heard in training: "speaker-dependent", "speaker-independent" or "unknown"."""
+        speakers = np.asarray(self.clips["speaker_id"][:], dtype=object)
+        test = speakers[self.indices("test")]
+        train = speakers[np.concatenate([self.indices(name) for name in self.trained])]
+        if set(test) & (set(train) - {None}):
+            return "speaker-dependent"
+        return "unknown" if None in set(test) | set(train) else "speaker-independent"
 
     def indices(self, split: str) -> np.ndarray:
         """Returns the rows of `clips` in this split, int64 of shape (num_clips,)."""
@@ -67,7 +82,8 @@ def split_corpus(corpus: Dataset | DatasetDict, data: DataArguments, seed: int) 
     if not split_by:
         notes.append("Neither speakers nor sentences are known: the clips are split singly, so the same voice is on both sides.")
     missing = [name for name in SPLITS if name not in corpus] if given else list(SPLITS)
-    leaked = count_shared_groups(clips, splits, split_by) if given else {}
+    # Where some speakers are known, those at least are held to be apart.
+    leaked = count_shared_groups(clips, splits, split_by or ["speaker_id"]) if given else {}
     if leaked and not data.allow_group_leak:
         shares = ", ".join(f"{count} {_plural(column)}" for column, count in leaked.items())
         raise UserError(
@@ -88,28 +104,34 @@ def split_corpus(corpus: Dataset | DatasetDict, data: DataArguments, seed: int) 
             notes.append(
                 f"{dropped} of {len(clips)} clips would bridge the splits (speaker of one, sentence of another) and are left out."
             )
+    if data.train_fraction < 1:
+        notes.append(keep_training_groups(clips, splits, split_by, data.train_fraction, seed))
     for split, limit in zip(SPLITS, (data.max_train_samples, data.max_eval_samples, data.max_predict_samples), strict=True):
         rows = np.flatnonzero(splits == split)
         if limit is not None and limit < len(rows):
             splits[np.random.default_rng(seed).permutation(rows)[limit:]] = "bridge"
-    kept = np.flatnonzero(splits != "bridge")
+    kept = np.flatnonzero((splits != "bridge") & (splits != "unused"))
     clips = clips.select(kept).add_column("split", splits[kept].tolist())
     split = Split(clips, split_by, leaked, notes)
     if data.train_on_validation:
         split.trained = ("train", "validation")
         notes.append("The validation clips were trained on as well: validation figures measure nothing.")
     notes += describe_overlap(split)
+    split.overlaps = compute_overlaps(split)
+    same = next(row for row in split.overlaps if row["of"] == "identical audio")["test in train"]
+    if same:
+        notes.append(f"LEAK: {same} test clips are the very same audio as training clips.")
     check_labels_are_learnable(split)
     return split
 
 
 def choose_split_by(clips: Dataset, wanted: list[str] | None) -> list[str]:
-    """Returns the columns to keep apart: those wanted, else speakers where there are at least 3, else sentences.
+    """Returns the columns to keep apart: those wanted, else sessions, speakers or sentences, the first that has 3 groups.
 
     Raises:
         UserError: a wanted column that is not known for every clip.
     """
-    known = {name: clips.unique(name) for name in ("speaker_id", "sentence_id")}
+    known = {name: clips.unique(name) for name in GROUP_COLUMNS}
     for column in wanted or []:
         if None in known[column]:
             raise UserError(
@@ -118,11 +140,7 @@ def choose_split_by(clips: Dataset, wanted: list[str] | None) -> list[str]:
             )
     if wanted:
         return wanted
-    if None not in known["speaker_id"] and len(known["speaker_id"]) >= MIN_SPEAKERS:
-        return ["speaker_id"]
-    if None not in known["sentence_id"] and len(known["sentence_id"]) >= len(SPLITS):
-        return ["sentence_id"]
-    return []
+    return next(([name] for name, groups in known.items() if None not in groups and len(groups) >= len(SPLITS)), [])
 
 
 def draw_splits(
@@ -239,7 +257,7 @@ def count_shared_groups(clips: Dataset, splits: np.ndarray, columns: list[str]) 
 def describe_overlap(split: Split) -> list[str]:
     """Returns a sentence for each known column of groups on how many of the test's groups training has heard."""
     sentences = []
-    for column in ("speaker_id", "sentence_id"):
+    for column in ("speaker_id", "sentence_id", "session_id"):
         groups = np.asarray(split.clips[column][:], dtype=object)
         train = set(groups[np.concatenate([split.indices(name) for name in split.trained])]) - {None}
         test = set(groups[split.indices("test")]) - {None}
@@ -253,6 +271,91 @@ def describe_overlap(split: Split) -> list[str]:
         if column == "speaker_id":
             sentences.append("The results are speaker-dependent." if heard else "The results are speaker-independent.")
     return sentences
+
+
+def keep_training_groups(clips: Dataset, splits: np.ndarray, split_by: list[str], fraction: float, seed: int) -> str:
+    """Moves all but a share of the training groups out of training, in place, and returns a sentence on it.
+
+    A smaller share is a part of any larger one with the same seed, so that a curve over shares adds groups only. There are
+    as many as it takes for each class to occur.
+
+    Args:
+        clips: the common table.
+        splits: each clip's split, object (num_clips,); becomes "unused" where its group is not kept.
+        split_by: the first column names the groups; without any, they are the clips.
+        fraction: of the training groups.
+        seed: of the draw.
+    """
+    rows = np.flatnonzero(splits == "train")
+    column = split_by[0] if split_by else None
+    groups = np.asarray(clips[column][:], dtype=object)[rows].astype(str) if column else rows.astype(str)
+    labels = np.asarray(clips["label"][:])[rows]
+    names = np.random.default_rng(seed).permutation(np.unique(groups))
+    num_kept = max(1, round(fraction * len(names)))
+    while set(labels[np.isin(groups, names[:num_kept])]) < set(labels):
+        num_kept += 1
+    dropped = ~np.isin(groups, names[:num_kept])
+    splits[rows[dropped]] = "unused"
+    return (
+        f"Trained on {num_kept} of {len(names)} {_plural(column or 'clip')} ({(~dropped).sum()} of {len(rows)} clips), "
+        f"as train_fraction {fraction:g} asks."
+    )
+
+
+def compute_overlaps(split: Split) -> list[dict[str, Any]]:
+    """Returns what the splits share: a row each for sessions, speakers, sentences and identical audio.
+
+    Returns:
+        Dictionaries with `of`; how many each split has (`train`, `validation`, `test`); and `test in train`, `validation in
+        train`, `test in validation`: how many of the one's groups (or clips, for audio) the other has too. Columns that
+        the corpus does not know are left out.
+    """
+    parts = {name: np.concatenate([split.indices(part) for part in (split.trained if name == "train" else [name])])
+             for name in SPLITS}  # fmt: skip
+    columns = {_plural(name): np.asarray(split.clips[name][:], dtype=object) for name in GROUP_COLUMNS}
+    columns["identical audio"] = find_identical_audio(split.clips, np.asarray(split.clips["split"][:], dtype=object))
+    rows = []
+    for of, values in columns.items():
+        if set(values) == {None}:
+            continue
+        inside = {name: values[indices] for name, indices in parts.items()}
+        row: dict[str, Any] = {"of": of}
+        row |= {name: len(set(found) - {None}) for name, found in inside.items()}
+        for one, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
+            shared = (set(inside[one]) & set(inside[other])) - {None}
+            of_clips = int(np.isin(inside[one].astype(str), [str(value) for value in shared]).sum())
+            row[f"{one} in {other}"] = of_clips if of == "identical audio" else len(shared)
+        rows.append(row)
+    return rows
+
+
+def find_identical_audio(clips: Dataset, splits: np.ndarray) -> np.ndarray:
+    """Returns a number for each clip's audio, object (num_clips,): equal where two clips have the very same samples.
+
+    Only clips that last exactly as long as one of another split are read. Their samples are compared, not their files, so
+    that another header, name or lossless format hides nothing.
+    """
+    durations = np.asarray(clips["duration"][:])
+    audio_of_clip = np.arange(len(clips)).astype(object)
+    known = np.flatnonzero(~np.isnan(durations))
+    order = known[np.argsort(durations[known], kind="stable")]
+    seen: dict[bytes, int] = {}
+    for same in np.split(order, np.flatnonzero(np.diff(durations[order])) + 1):
+        if len(set(splits[same]) & set(SPLITS)) < 2:
+            continue
+        for clip, audio in zip(same, clips.select(same).with_format(None)["audio"], strict=True):
+            digest = _hash_samples(audio)
+            if digest is not None:
+                audio_of_clip[clip] = seen.setdefault(digest, int(clip))
+    return audio_of_clip
+
+
+def _hash_samples(audio: dict[str, Any]) -> bytes | None:
+    try:
+        samples, rate = soundfile.read(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"], dtype="int16")
+    except (soundfile.LibsndfileError, RuntimeError, OSError):
+        return None  # a clip that cannot be read is told of later, and is never trained on
+    return hashlib.blake2b(samples.tobytes() + str(rate).encode(), digest_size=16).digest()
 
 
 def check_labels_are_learnable(split: Split) -> None:
@@ -277,9 +380,11 @@ def check_labels_are_learnable(split: Split) -> None:
 
 
 def write_splits(split: Split, path: Path) -> None:
-    """Writes the CSV with the columns path, label, split, speaker_id and sentence_id, one row a clip."""
+    """Writes the CSV with the columns path, label, split, speaker_id, sentence_id and, where known, session_id."""
     names = split.clips.features["label"].names
-    frame = split.clips.select_columns(["label", "split", "speaker_id", "sentence_id"]).to_pandas()
+    frame = split.clips.select_columns(["label", "split", "speaker_id", "sentence_id", "session_id"]).to_pandas()
+    if frame["session_id"].isna().all():
+        frame = frame.drop(columns="session_id")
     frame["label"] = [names[label] for label in frame["label"]]
     frame.insert(0, "path", clip_names(split.clips))
     frame.to_csv(path, index=False)

@@ -20,7 +20,7 @@ from speech_emotion.corpora import audio_folder, manifest, polish, thorsten
 from speech_emotion.corpora.table import keep_labels
 from speech_emotion.errors import UserError
 
-COMMON = {"audio", "label", "speaker_id", "sentence_id", "duration"}
+COMMON = {"audio", "label", "speaker_id", "sentence_id", "session_id", "duration"}
 
 
 def assert_common(table):

@@ -6,7 +6,23 @@ A new corpus is one new file here and one line in `LOADERS`.
 from datasets import Dataset, DatasetDict
 
 from speech_emotion.arguments import Arguments
-from speech_emotion.corpora import audio_folder, hub, manifest, polish, thorsten
+from speech_emotion.corpora import (
+    audio_folder,
+    crema_d,
+    emodb,
+    emov_db,
+    esd,
+    hub,
+    iemocap,
+    manifest,
+    meld,
+    msp_podcast,
+    polish,
+    ravdess,
+    savee,
+    tess,
+    thorsten,
+)
 from speech_emotion.corpora.table import keep_labels
 
 LOADERS = {
@@ -14,6 +30,16 @@ LOADERS = {
     "thorsten_emotional": thorsten.load,
     "audio_folder": audio_folder.load,
     "manifest": manifest.load,
+    "emodb": emodb.load,
+    "ravdess": ravdess.load,
+    "crema_d": crema_d.load,
+    "tess": tess.load,
+    "savee": savee.load,
+    "esd": esd.load,
+    "iemocap": iemocap.load,
+    "meld": meld.load,
+    "emov_db": emov_db.load,
+    "msp_podcast": msp_podcast.load,
 }
 
 
@@ -21,8 +47,8 @@ def load_corpus(arguments: Arguments) -> Dataset | DatasetDict:
     """Loads the corpus that the recipe names.
 
     Returns:
-        The common table (columns `audio`, `label`, `speaker_id`, `sentence_id`, `duration`), as a `DatasetDict` where
-        the corpus comes with its own splits.
+        The common table (columns `audio`, `label`, `speaker_id`, `sentence_id`, `session_id`, `duration`), as a
+        `DatasetDict` where the corpus comes with its own splits.
 
     Raises:
         UserError: the corpus is not there, or does not look as its loader expects.

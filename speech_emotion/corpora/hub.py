@@ -13,8 +13,11 @@ from datasets.exceptions import DatasetNotFoundError
 
 from speech_emotion.arguments import DataArguments
 from speech_emotion.audio import read_duration
-from speech_emotion.corpora.table import SPLIT_SPELLINGS, check_labels
+from speech_emotion.corpora.table import GROUP_COLUMNS, SPLIT_SPELLINGS, check_labels
 from speech_emotion.errors import UserError
+
+# Loaders of single corpora, whose names a misspelt dataset_name may have meant.
+CORPORA = ("emodb", "ravdess", "crema_d", "tess", "savee", "esd", "iemocap", "meld", "emov_db", "msp_podcast")
 
 
 def load(data: DataArguments, cache_dir: str | None = None) -> Dataset | DatasetDict:
@@ -30,7 +33,7 @@ def load(data: DataArguments, cache_dir: str | None = None) -> Dataset | Dataset
                 name, data.dataset_config_name, data_dir=data.data_dir, data_files=data.data_files, cache_dir=cache_dir
             )
     except DatasetNotFoundError as error:
-        known = ["demo", "thorsten_emotional", "audio_folder", "manifest"]
+        known = ["demo", "thorsten_emotional", "audio_folder", "manifest", *CORPORA]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean '{near[0]}'?" if near else f"It is none of {', '.join(known)}, and the Hub has no such id"
         raise UserError(f"key 'dataset_name': '{name}' is not found. {hint} (a private one needs HF_TOKEN).") from error
@@ -75,12 +78,16 @@ def _to_common_table(part: Dataset, name: str, data: DataArguments) -> Dataset:
 
     table = durations.add_column("label", labels).cast_column("label", ClassLabel(names=label_names))
     groups = Dataset.from_dict(
-        {"speaker_id": optional(data.speaker_column_name), "sentence_id": optional(data.sentence_column_name)},
-        features=Features({"speaker_id": Value("string"), "sentence_id": Value("string")}),
+        {
+            "speaker_id": optional(data.speaker_column_name),
+            "sentence_id": optional(data.sentence_column_name),
+            "session_id": optional("session_id"),
+        },
+        features=Features(dict.fromkeys(GROUP_COLUMNS, Value("string"))),
     )
     for column in groups.column_names:
         table = table.add_column(column, groups.data.column(column).to_pylist(), feature=Value("string"))
-    return table.select_columns(["audio", "label", "speaker_id", "sentence_id", "duration"])
+    return table.select_columns(["audio", "label", "speaker_id", "sentence_id", "session_id", "duration"])
 
 
 def _read_labels(part: Dataset, name: str, column: str) -> tuple[np.ndarray, list[str]]:

@@ -1,6 +1,7 @@
 """Recordings listed in a table: CSV, TSV, JSON (a list of objects) or JSONL.
 
-Columns `audio` (or `path`) and `label`, and where known `speaker_id`, `sentence_id` and `split`. Paths are relative to
+Columns `audio` (or `path`) and `label`, and where known `speaker_id`, `sentence_id`,
+`session_id` (several speakers' dialogue) and `split`. Paths are relative to
 the manifest, or to `data_dir` where it is given.
 """
 
@@ -69,10 +70,10 @@ def _load_file(path: Path, split: str | None, data: DataArguments) -> list[Clip]
     splits = [split] * len(frame) if split else optional(data.split_column_name)
     return [
         Clip(path=str(root / str(audio)), label=str(label), speaker_id=speaker, sentence_id=sentence,
-             split=read_split_name(name, str(path)))
-        for audio, label, speaker, sentence, name in zip(
+             split=read_split_name(name, str(path)), session_id=session)
+        for audio, label, speaker, sentence, session, name in zip(
             frame[audio_column], frame[data.label_column_name], optional(data.speaker_column_name),
-            optional(data.sentence_column_name), splits, strict=True,
+            optional(data.sentence_column_name), optional("session_id"), splits, strict=True,
         )
     ]  # fmt: skip
 

@@ -1,17 +1,22 @@
 """The common table: what every corpus becomes, and all that later stages know of it."""
 
 import difflib
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 
-from speech_emotion.audio import read_duration
+from speech_emotion.audio import AUDIO_SUFFIXES, read_duration
 from speech_emotion.errors import UserError, list_offenders
 
+logger = logging.getLogger(__name__)
+
+# What may be kept apart between splits, the widest first: two speakers of one session hear and answer each other.
+GROUP_COLUMNS = ("session_id", "speaker_id", "sentence_id")
 SPLITS = ("train", "validation", "test")
 SPLIT_SPELLINGS = {
     "train": "train", "training": "train",
@@ -26,19 +31,24 @@ COLUMNS = Features(
         "audio": {"bytes": Value("binary"), "path": Value("string")},
         "speaker_id": Value("string"),
         "sentence_id": Value("string"),
+        "session_id": Value("string"),
         "duration": Value("float32"),
     }
 )
 
 
 class Clip(TypedDict):
-    """One recording, as a loader found it; `speaker_id`, `sentence_id` and `split` are None where unknown."""
+    """One recording, as a loader found it; `speaker_id`, `sentence_id` and `split` are None where unknown.
+
+    `session_id` is the dialogue or recording session of several speakers, for corpora that have such.
+    """
 
     path: str
     label: str
     speaker_id: str | None
     sentence_id: str | None
     split: str | None
+    session_id: NotRequired[str | None]
 
 
 def build_table(clips: list[Clip], label_names: list[str] | None = None) -> Dataset | DatasetDict:
@@ -49,8 +59,8 @@ def build_table(clips: list[Clip], label_names: list[str] | None = None) -> Data
         label_names: the classes in their order; by default the clips' own, sorted.
 
     Returns:
-        A `Dataset` with the columns audio, label, speaker_id, sentence_id and duration (seconds, from the file's
-        header), or a `DatasetDict` of such where the clips name their splits.
+        A `Dataset` with the columns audio, label, speaker_id, sentence_id, session_id and duration (seconds, from
+        the file's header), or a `DatasetDict` of such where the clips name their splits.
     """
     label_names = label_names or sorted({clip["label"] for clip in clips})
     features = Features({**COLUMNS, "label": ClassLabel(names=label_names)})
@@ -63,6 +73,7 @@ def build_table(clips: list[Clip], label_names: list[str] | None = None) -> Data
                 "label": [label_names.index(clip["label"]) for clip in part],
                 "speaker_id": [clip["speaker_id"] for clip in part],
                 "sentence_id": [clip["sentence_id"] for clip in part],
+                "session_id": [clip.get("session_id") for clip in part],
                 "duration": [read_duration(a) for a in audio],
             },
             features=features,
@@ -153,3 +164,36 @@ def existing_folder(path: str | None, dataset_name: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"key 'data_dir': {folder} is not a folder. Name the folder that holds the recordings.")
     return folder
+
+
+def find_named_recordings(
+    root: Path, pattern: re.Pattern[str], corpus: str, example: str, num_published: int | None = None
+) -> Iterator[tuple[Path, re.Match[str]]]:
+    """Yields the recordings below a folder whose names are those of a corpus, in the order of their paths.
+
+    Recordings of other names are told and left out, and so is it if there are fewer than were published.
+
+    Args:
+        root: folder to search.
+        pattern: that the path below `root`, with forward slashes, must contain up to its end.
+        corpus: its name, for messages.
+        example: a path as the corpus has them.
+        num_published: recordings of the published corpus.
+
+    Raises:
+        UserError: none has such a name.
+    """
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith("."))
+    names = [path.relative_to(root).as_posix() for path in paths]
+    matches = [re.search(rf"(?:^|/){pattern.pattern}$", name, pattern.flags) for name in names]
+    found = sum(match is not None for match in matches)
+    if not found:
+        raise UserError(f"key 'data_dir': {root} is not {corpus}: expected recordings such as {example} in it.")
+    others = [name for name, match in zip(names, matches, strict=True) if match is None]
+    if others:
+        logger.warning(
+            f"{root}: {len(others)} recordings are not named as {corpus}'s are, and left out:\n{list_offenders(others)}"
+        )
+    if num_published is not None and found < num_published:
+        logger.warning(f"{root}: {found} of the {num_published:,} recordings that {corpus} has.")
+    yield from ((path, match) for path, match in zip(paths, matches, strict=True) if match is not None)
