@@ -198,6 +198,19 @@ class DataArguments:
     augment_time_mask_seconds: float = field(
         default=0.0, metadata={"help": "A stretch of up to so many seconds of a training clip is silenced."}
     )
+    augment_frequency_mask_hz: float = field(
+        default=0.0, metadata={"help": "A band of up to so many hertz is taken out of a training clip."}
+    )
+    augment_noise_snr_db: list[float] | None = field(
+        default=None,
+        metadata={"help": "Noise is added to training clips at a signal-to-noise ratio drawn between two values, as in '5 20'."},
+    )
+    augment_noise_dir: str | None = field(
+        default=None, metadata={"help": "Folder of noise recordings (MUSAN, say); without it, the noise is synthetic."}
+    )
+    augment_probability: float = field(
+        default=1.0, metadata={"help": "Each change is made to so large a share of the training clips, drawn anew in each epoch."}
+    )
 
 
 @dataclass
@@ -242,6 +255,24 @@ class SpeechTrainingArguments(TrainingArguments):
     )
     class_weights: Literal["none", "balanced"] = field(
         default="none", metadata={"help": "balanced: a clip of a rare class weighs as much more as the class is rarer."}
+    )
+    class_balanced_sampling: bool = field(
+        default=False,
+        metadata={
+            "help": "Each class is heard equally often in an epoch: clips of rare ones are repeated, of common ones left out."
+        },
+    )
+    loss: Literal["cross_entropy", "focal"] = field(
+        default="cross_entropy",
+        metadata={"help": "focal: clips that the model is sure of count less (arXiv 1708.02002)."},
+    )
+    focal_gamma: float = field(default=2.0, metadata={"help": "How much less; 0 is cross_entropy."})
+    temperature_scaling: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide the logits by a temperature fitted on validation, so that probabilities mean what they say; it is "
+            "saved in the model's head. Predictions stay the same."
+        },
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many validations without a better metric_for_best_model."}
@@ -597,6 +628,25 @@ def _check_values(model: ModelArguments, data: DataArguments, training: SpeechTr
         value = getattr(data, key)
         if value is not None and value <= 0:
             refuse(key, f"is {value}, and must be above 0; leave it out for no limit.")
+    for key in ("augment_gain_db", "augment_time_mask_seconds", "augment_frequency_mask_hz"):
+        if getattr(data, key) < 0:
+            refuse(key, f"is {getattr(data, key)}, and must be at least 0.")
+    if data.augment_noise_snr_db is not None and (
+        len(data.augment_noise_snr_db) != 2 or data.augment_noise_snr_db[0] > data.augment_noise_snr_db[1]
+    ):
+        refuse("augment_noise_snr_db", "takes the lowest and the highest ratio in decibels, as in [5, 20].")
+    if data.augment_noise_dir is not None and data.augment_noise_snr_db is None:
+        refuse("augment_noise_dir", "says which noise, and augment_noise_snr_db how much: give that too, as in [5, 20].")
+    if not 0 < data.augment_probability <= 1:
+        refuse("augment_probability", f"is {data.augment_probability}, and must be above 0 and at most 1.")
+    if training.class_balanced_sampling and training.class_weights == "balanced":
+        refuse("class_balanced_sampling", "and class_weights 'balanced' both make up for rare classes: take one of them.")
+    if training.loss == "focal" and training.label_smoothing_factor:
+        refuse("label_smoothing_factor", "is not defined for the focal loss: leave one of them out.")
+    if training.focal_gamma < 0:
+        refuse("focal_gamma", f"is {training.focal_gamma}, and must be at least 0.")
+    if training.temperature_scaling and data.train_on_validation:
+        refuse("temperature_scaling", "is fitted on the validation clips, which train_on_validation trains on: leave one out.")
     if not 0 < data.train_fraction <= 1:
         refuse("train_fraction", f"is {data.train_fraction}, and must be above 0 and at most 1.")
     if not 0 <= data.augment_speed < 0.5:

@@ -17,6 +17,7 @@ from speech_emotion.features import Extraction
 # Batches are sorted by length within so many of them: enough that neighbours are alike, few enough that batches
 # differ from epoch to epoch.
 BATCHES_PER_SORT = 50
+EPOCHS_APART = 1_000_003  # a row's second time in an epoch draws as if it were so many epochs later
 
 
 class LengthBucketSampler(Sampler[int]):
@@ -35,10 +36,20 @@ class LengthBucketSampler(Sampler[int]):
         clips_per_step: batch size x processes x accumulated batches.
         seed: of the order.
         bucket: without it, the order is a plain shuffle.
+        balanced_labels: of each row, (num_rows,), where each class is to be heard equally often: an epoch is as long as
+            ever, and rows of rare classes come several times in it, each time with a randomness of its own.
     """
 
-    def __init__(self, lengths: np.ndarray, clips_per_step: int, seed: int, bucket: bool = True) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        clips_per_step: int,
+        seed: int,
+        bucket: bool = True,
+        balanced_labels: np.ndarray | None = None,
+    ) -> None:
         self.lengths = np.asarray(lengths)
+        self.balanced_labels = None if balanced_labels is None else np.asarray(balanced_labels)
         self.clips_per_step = clips_per_step
         self.seed = seed
         self.bucket = bucket
@@ -53,14 +64,35 @@ class LengthBucketSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = np.resize(rng.permutation(len(self.lengths)), len(self))  # repeats from the beginning
+        if self.balanced_labels is None:
+            order = np.resize(rng.permutation(len(self.lengths)), len(self))  # repeats from the beginning
+            draws = np.full(len(order), self.epoch)
+        else:
+            order, repeats = self._draw_balanced(rng)
+            draws = self.epoch + EPOCHS_APART * repeats
         if self.bucket:
             sort_size = self.clips_per_step * BATCHES_PER_SORT
             parts = [order[start : start + sort_size] for start in range(0, len(order), sort_size)]
-            order = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
-            steps = order.reshape(-1, self.clips_per_step)
-            order = steps[rng.permutation(len(steps))].ravel()  # so that lengths do not fall within an epoch
-        return iter((order + self.epoch * len(self.lengths)).tolist())
+            places = np.concatenate(
+                [start * sort_size + np.argsort(-self.lengths[part], kind="stable") for start, part in enumerate(parts)]
+            )
+            steps = places.reshape(-1, self.clips_per_step)
+            places = steps[rng.permutation(len(steps))].ravel()  # so that lengths do not fall within an epoch
+            order, draws = order[places], draws[places]
+        return iter((order + draws * len(self.lengths)).tolist())
+
+    def _draw_balanced(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Returns rows, (len(self),), and how often each has come before in them."""
+        classes = rng.permutation(np.unique(self.balanced_labels))  # who is one short changes from epoch to epoch
+        rows, repeats = [], []
+        for i, label in enumerate(classes):
+            own = np.flatnonzero(self.balanced_labels == label)
+            size = len(self) // len(classes) + (i < len(self) % len(classes))
+            rounds = [rng.permutation(own) for _ in range(-(-size // len(own)))]
+            rows.append(np.concatenate(rounds)[:size])
+            repeats.append(np.repeat(np.arange(len(rounds)), len(own))[:size])
+        mixed = rng.permutation(len(self))
+        return np.concatenate(rows)[mixed], np.concatenate(repeats)[mixed]
 
 
 class TrainingRows(Dataset[dict[str, Any]]):

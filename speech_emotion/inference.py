@@ -210,5 +210,7 @@ def load_classifier(
     if loaded.config.model_type in FIXED_WINDOW_TYPES and max_length_seconds is not None:
         raise UserError(f"max_length_seconds: the window of {model} is {window_seconds:g} s, and was set when it was trained.")
     extraction = build_extraction(loaded, feature_extractor, window_seconds or max_length_seconds)
-    chosen = torch.device(device) if device else torch.accelerator.current_accelerator() or torch.device("cpu")
+    chosen = (
+        torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    )
     return Classifier(loaded, extraction, chosen, bf16 and has_fast_bfloat16(use_cpu=chosen.type == "cpu"))

@@ -10,12 +10,15 @@ import datasets
 import evaluate
 import numpy as np
 from datasets import Dataset
+from scipy.optimize import minimize_scalar
 
 CITATION_UAR = "B. Schuller, S. Steidl, A. Batliner: The INTERSPEECH 2009 Emotion Challenge. Interspeech 2009."
 
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 MIN_CLUSTERS = 5  # fewer give no spread worth the name
+NUM_CALIBRATION_BINS = 15
+TEMPERATURE_RANGE = (0.05, 20.0)  # beyond, all probabilities are 0 and 1, or all equal
 BOOTSTRAP_SEED = 0  # the interval of the same predictions is always the same
 
 
@@ -94,6 +97,11 @@ def compute_macro_f1(matrix: np.ndarray) -> np.ndarray:
     return np.nanmean(f1, axis=-1)
 
 
+def compute_precisions(matrix: np.ndarray) -> np.ndarray:
+    """Returns each class's precision, (..., num_labels), nan where it is never predicted; takes (..., labels, labels)."""
+    return compute_recalls(np.swapaxes(matrix, -1, -2))
+
+
 SCORES = {"accuracy": compute_accuracy, "uar": compute_uar, "f1_macro": compute_macro_f1}
 
 
@@ -124,6 +132,61 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(axis=1, keepdims=True)
 
 
+def compute_losses(probabilities: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Returns the negative log-probability of each clip's own class, in nats, (num_clips,)."""
+    return -np.log(np.maximum(probabilities[np.arange(len(references)), references], np.finfo(np.float64).tiny))
+
+
+def compute_reliability(probabilities: np.ndarray, references: np.ndarray) -> list[dict[str, float]]:
+    """Returns how often the model is right at each confidence: the bins of a reliability diagram that hold clips.
+
+    Args:
+        probabilities: (num_clips, num_labels).
+        references: (num_clips,).
+
+    Returns:
+        `low` and `high` end of the confidence, `num_clips`, mean `confidence` and `accuracy`, from low to high.
+
+    Source: C. Guo, G. Pleiss, Y. Sun, K. Weinberger, On Calibration of Modern Neural Networks, ICML 2017, with its 15 bins.
+    """
+    confidence, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == references
+    bin_of_clip = np.minimum((confidence * NUM_CALIBRATION_BINS).astype(int), NUM_CALIBRATION_BINS - 1)
+    return [
+        {
+            "low": number / NUM_CALIBRATION_BINS,
+            "high": (number + 1) / NUM_CALIBRATION_BINS,
+            "num_clips": int(inside.sum()),
+            "confidence": float(confidence[inside].mean()),
+            "accuracy": float(is_right[inside].mean()),
+        }
+        for number in range(NUM_CALIBRATION_BINS)
+        if (inside := bin_of_clip == number).any()
+    ]
+
+
+def compute_ece(reliability: list[dict[str, float]]) -> float:
+    """Returns the expected calibration error: the mean distance of confidence and accuracy over the clips of all bins."""
+    total = sum(entry["num_clips"] for entry in reliability)
+    return sum(entry["num_clips"] * abs(entry["confidence"] - entry["accuracy"]) for entry in reliability) / total
+
+
+def fit_temperature(logits: np.ndarray, references: np.ndarray) -> float:
+    """Returns the temperature by which logits are divided so that their log loss on these clips is the least.
+
+    Args:
+        logits: (num_clips, num_labels), of clips that were not trained on.
+        references: (num_clips,).
+
+    Source: as `compute_reliability`, section 4.2.
+    """
+    found = minimize_scalar(
+        lambda log_temperature: compute_losses(softmax(logits / np.exp(log_temperature)), references).mean(),
+        bounds=np.log(TEMPERATURE_RANGE),
+        method="bounded",
+    )
+    return float(np.exp(found.x))
+
+
 @dataclass
 class Evaluation:
     """What the model says of one split: `clips` are rows of the corpus table, (num_clips,)."""
@@ -137,6 +200,16 @@ class Evaluation:
     def predictions(self) -> np.ndarray:
         """Most probable class of each clip, (num_clips,)."""
         return self.logits.argmax(axis=1)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Of the classes, (num_clips, num_labels)."""
+        return softmax(self.logits)
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Negative log-probability of each clip's own class, in nats, (num_clips,)."""
+        return compute_losses(self.probabilities, self.references)
 
     @property
     def confusion_matrix(self) -> np.ndarray:
@@ -180,7 +253,7 @@ def choose_clusters(clips: Dataset) -> tuple[str, np.ndarray]:
 
 
 def compute_intervals(evaluation: Evaluation, clusters: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Returns 95 % percentile intervals of accuracy, uar, f1_macro and each class's recall, by a cluster bootstrap.
+    """Returns 95 % percentile intervals of what `summarize` gives one for, by a cluster bootstrap.
 
     Args:
         evaluation: of the clips.
@@ -190,18 +263,38 @@ def compute_intervals(evaluation: Evaluation, clusters: np.ndarray) -> dict[str,
     replacement as in A. C. Davison and D. V. Hinkley, Bootstrap Methods and their Application, 1997, section 3.8.
     """
     num_labels, num_clusters = len(evaluation.label_names), int(clusters.max()) + 1
-    matrices = np.zeros((num_clusters, num_labels, num_labels))
-    np.add.at(matrices, (clusters, evaluation.references, evaluation.predictions), 1)
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    weights = rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=NUM_RESAMPLES)
-    resampled = np.einsum("rc,cij->rij", weights, matrices)  # (resamples, labels, labels)
-    recalls = compute_recalls(resampled)
+    weights = draw_weights(num_clusters)
+    resampled = resample_matrices(weights, clusters, evaluation.references, evaluation.predictions, num_labels)
     draws = {name: score(resampled) for name, score in SCORES.items()}
-    for index, name in enumerate(evaluation.label_names):
-        if not np.isnan(recalls[:, index]).all():
-            draws[f"recall_{name}"] = recalls[:, index]
+    for prefix, values in (("recall", compute_recalls(resampled)), ("precision", compute_precisions(resampled))):
+        for index, name in enumerate(evaluation.label_names):
+            if not np.isnan(values[:, index]).all():
+                draws[f"{prefix}_{name}"] = values[:, index]
+    sums, sizes = np.bincount(clusters, evaluation.losses, num_clusters), np.bincount(clusters, minlength=num_clusters)
+    draws["log_loss"] = (weights @ sums) / (weights @ sizes)
+    return {name: compute_interval(values) for name, values in draws.items()}
+
+
+def draw_weights(num_clusters: int) -> np.ndarray:
+    """Returns how often each cluster is in each resample, (NUM_RESAMPLES, num_clusters); the same on every call."""
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    return rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=NUM_RESAMPLES)
+
+
+def resample_matrices(
+    weights: np.ndarray, clusters: np.ndarray, references: np.ndarray, predictions: np.ndarray, num_labels: int
+) -> np.ndarray:
+    """Returns the confusion matrix of each resample, (resamples, labels, labels); the other arrays are (num_clips,)."""
+    matrices = np.zeros((weights.shape[1], num_labels, num_labels))
+    np.add.at(matrices, (clusters, references, predictions), 1)
+    return np.einsum("rc,cij->rij", weights, matrices)
+
+
+def compute_interval(draws: np.ndarray) -> tuple[float, float]:
+    """Returns the 95 % percentile interval of a bootstrap's draws."""
     tail = 100 * (1 - CONFIDENCE) / 2
-    return {name: tuple(float(bound) for bound in np.nanpercentile(values, [tail, 100 - tail])) for name, values in draws.items()}
+    low, high = np.nanpercentile(draws, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def summarize(evaluation: Evaluation, clips: Dataset, prefix: str) -> dict[str, Any]:
@@ -213,14 +306,25 @@ def summarize(evaluation: Evaluation, clips: Dataset, prefix: str) -> dict[str, 
         prefix: "test" or "eval".
 
     Returns:
-        PREFIX_accuracy, PREFIX_uar, PREFIX_f1_macro, PREFIX_recall_CLASS, each with PREFIX_..._ci95 [low, high];
+        PREFIX_accuracy, PREFIX_uar, PREFIX_f1_macro, PREFIX_log_loss, PREFIX_recall_CLASS, PREFIX_precision_CLASS, each with
+        PREFIX_..._ci95 [low, high]; PREFIX_ece, PREFIX_reliability (see `compute_reliability`), PREFIX_f1_CLASS,
         PREFIX_ci95_clustered_by, PREFIX_num_clips, PREFIX_confusion_matrix and PREFIX_labels.
     """
     unit, clusters = choose_clusters(clips.select(evaluation.clips))
-    results: dict[str, Any] = {f"{prefix}_{name}": value for name, value in compute_results(evaluation).items()}
+    values = compute_results(evaluation) | {"log_loss": float(evaluation.losses.mean())}
+    precisions = compute_precisions(evaluation.confusion_matrix)
+    for name, precision in zip(evaluation.label_names, precisions, strict=True):
+        if not np.isnan(precision):
+            values[f"precision_{name}"] = float(precision)
+        if f"recall_{name}" in values:
+            total = values[f"recall_{name}"] + np.nan_to_num(precision)
+            values[f"f1_{name}"] = float(2 * values[f"recall_{name}"] * np.nan_to_num(precision) / total) if total else 0.0
+    results: dict[str, Any] = {f"{prefix}_{name}": value for name, value in values.items()}
     for name, interval in compute_intervals(evaluation, clusters).items():
         if f"{prefix}_{name}" in results:
             results[f"{prefix}_{name}_ci95"] = list(interval)
+    results[f"{prefix}_reliability"] = compute_reliability(evaluation.probabilities, evaluation.references)
+    results[f"{prefix}_ece"] = compute_ece(results[f"{prefix}_reliability"])
     results[f"{prefix}_ci95_clustered_by"] = unit
     results[f"{prefix}_num_clips"] = len(evaluation.clips)
     results[f"{prefix}_confusion_matrix"] = evaluation.confusion_matrix.tolist()

@@ -317,6 +317,14 @@ def keep_layers(model: PreTrainedModel, num_layers: int) -> None:
         model.config.encoder_layers = num_layers
 
 
+def divide_logits(model: PreTrainedModel, divisor: float) -> None:
+    """Makes the head's logits smaller by a factor, in its last weights, so that whoever loads the model gets them so."""
+    last = [module for module in model.classifier.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.div_(divisor)
+
+
 def compile_layers(model: PreTrainedModel, backend: str | None, mode: str | None) -> None:
     """Compiles each transformer layer, in place, where there is more than a head to train; nothing of it is saved.
 

@@ -21,8 +21,10 @@ OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adam", "sgd", "rmsprop")
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
-def build_loss(labels: np.ndarray, num_labels: int, class_weights: str, label_smoothing: float) -> Callable[..., torch.Tensor]:
-    """Builds the cross-entropy that Trainer takes as `compute_loss_func`.
+def build_loss(
+    labels: np.ndarray, num_labels: int, class_weights: str, label_smoothing: float, focal_gamma: float | None = None
+) -> Callable[..., torch.Tensor]:
+    """Builds the loss that Trainer takes as `compute_loss_func`: cross-entropy, or the focal loss.
 
     Args:
         labels: of the training clips, (num_clips,).
@@ -30,6 +32,8 @@ def build_loss(labels: np.ndarray, num_labels: int, class_weights: str, label_sm
         class_weights: "none", or "balanced": num_clips / (num_labels * clips of the class), so that a clip weighs 1
             on average.
         label_smoothing: share of the target spread over all classes.
+        focal_gamma: power of (1 - probability of the right class) that a clip's cross-entropy is multiplied with (T.-Y. Lin et
+            al., Focal Loss for Dense Object Detection, arXiv 1708.02002); None for cross-entropy.
 
     Returns:
         A function of (outputs with `logits` (batch, num_labels), labels (batch,), num_items_in_batch). It divides by
@@ -45,7 +49,11 @@ def build_loss(labels: np.ndarray, num_labels: int, class_weights: str, label_sm
         logits = outputs["logits"].float()
         if weight is not None:
             weight = weight.to(logits.device)  # copied once, at the first step
-        losses = nn.functional.cross_entropy(logits, labels, weight=weight, label_smoothing=label_smoothing, reduction="sum")
+        reduction = "sum" if focal_gamma is None else "none"
+        losses = nn.functional.cross_entropy(logits, labels, weight=weight, label_smoothing=label_smoothing, reduction=reduction)
+        if focal_gamma is not None:
+            right = torch.softmax(logits, dim=-1).gather(1, labels[:, None]).squeeze(1)
+            losses = (losses * (1 - right) ** focal_gamma).sum()
         return losses / (num_items_in_batch if num_items_in_batch is not None else len(labels))
 
     return compute_loss

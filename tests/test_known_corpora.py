@@ -156,8 +156,10 @@ def make_meld(root):
         for dialogue in range(2):
             for utterance, emotion in enumerate(("neutral", "joy", "anger")):
                 write_tone(root / folder / f"dia{dialogue}_utt{utterance}.wav", 0.2, 200 + 40 * utterance, seed=dialogue)
-                lines.append({"Sr No.": 1, "Utterance": "It\x92s me, “Joey”", "Speaker": "Joey", "Emotion": emotion, "Sentiment": "neutral",
-                              "Dialogue_ID": dialogue, "Utterance_ID": utterance, "Season": 8})  # fmt: skip
+                lines.append(
+                    {"Sr No.": 1, "Utterance": "It\x92s me, “Joey”", "Speaker": "Joey", "Emotion": emotion,
+                     "Sentiment": "neutral", "Dialogue_ID": dialogue, "Utterance_ID": utterance, "Season": 8}
+                )  # fmt: skip
         pd.DataFrame(lines).to_csv(root / list_name, index=False)
     return root
 
