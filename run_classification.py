@@ -19,17 +19,20 @@ if __name__ == "__main__":
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 
 from speech_emotion.arguments import parse_arguments
-from speech_emotion.augmentation import Augmentation
+from speech_emotion.augmentation import build_augmentation
 from speech_emotion.batching import Collator, LengthBucketSampler, TrainingRows, padding_share
 from speech_emotion.corpora import load_corpus
+from speech_emotion.cross_corpus import load_others
 from speech_emotion.errors import run_as_command
 from speech_emotion.features import build_extraction, prepare_splits
 from speech_emotion.frozen import cache_frozen
 from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, may_skip_parameters, wants_attention_mask
 from speech_emotion.optimization import OPTIMIZERS, build_loss, build_optimizer, build_scheduler
+from speech_emotion.protocols import run_protocol
 from speech_emotion.session import (
     ProgressSentences,
+    calibrate,
     describe_run,
     find_checkpoint,
     finish_run,
@@ -46,8 +49,12 @@ logger = logging.getLogger("run_classification")
 
 
 def main(argv=None):
+    # One run, or one a fold, a seed or a share of the data, if the recipe asks for that.
+    return run_protocol(parse_arguments(argv), train)
+
+
+def train(arguments):
     # What is asked for; everything that can be wrong with it is said now.
-    arguments = parse_arguments(argv)
     data, training = arguments.data, arguments.training
     set_up_logging(arguments)
     use_all_cores(arguments)
@@ -61,11 +68,12 @@ def main(argv=None):
         corpus = load_corpus(arguments)
     split = split_corpus(corpus, data, training.seed if data.split_seed is None else data.split_seed)
     label_names = split.clips.features["label"].names
+    others = load_others(arguments, label_names)
 
     # The model, and from it what a clip has to become.
     model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, training.seed)
     extraction = build_extraction(model, feature_extractor, window_seconds)
-    augmentation = Augmentation(data.augment_speed, data.augment_gain_db, data.augment_time_mask_seconds)
+    augmentation = build_augmentation(data)
     overwrite = data.overwrite_cache and training.local_process_index == 0
     with training.main_process_first(desc="extracting features"):
         prepared = prepare_splits(
@@ -80,8 +88,11 @@ def main(argv=None):
 
     # Training: our batches, loss, optimizer and schedule in transformers' loop.
     clips_per_step = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    sampler = LengthBucketSampler(prepared.train["length"][:], clips_per_step, training.seed, training.bucket_by_length)
     train_labels = prepared.train["labels"][:]
+    sampler = LengthBucketSampler(
+        prepared.train["length"][:], clips_per_step, training.seed, training.bucket_by_length,
+        train_labels if training.class_balanced_sampling else None,
+    )  # fmt: skip
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = may_skip_parameters(model)
     trainer = EmotionTrainer(
@@ -92,7 +103,7 @@ def main(argv=None):
         eval_dataset=prepared.validation,
         processing_class=feature_extractor,
         data_collator=collate,
-        compute_loss_func=build_loss(train_labels, len(label_names), training.class_weights, training.label_smoothing_factor),
+        compute_loss_func=build_loss(train_labels, len(label_names), training),
         compute_metrics=lambda p: compute_results(evaluate_logits(p.predictions, prepared.validation, label_names)),
         # Some models also return hidden states, which nobody here needs to gather.
         preprocess_logits_for_metrics=lambda logits, labels: logits[0] if isinstance(logits, tuple) else logits,
@@ -110,10 +121,14 @@ def main(argv=None):
     train_results = trainer.train(resume_from_checkpoint=checkpoint).metrics
 
     # The best model by validation is in place now. The test split is touched here, once.
-    trainer.save_model()
     validation = evaluate_split(trainer, prepared.validation, label_names, "eval")
+    temperature = calibrate(model, validation, training)
+    trainer.save_model()
     test = evaluate_split(trainer, prepared.test, label_names, "test")
-    return finish_run(arguments, prepared, train_results, validation, test, trainer.state.log_history, tracker, layer_scores)
+    return finish_run(
+        arguments, prepared, extraction, train_results, validation, test, trainer.state.log_history, tracker,
+        layer_scores, temperature, others,
+    )  # fmt: skip
 
 
 class EmotionTrainer(Trainer):

@@ -32,19 +32,22 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from speech_emotion.arguments import parse_arguments
-from speech_emotion.augmentation import Augmentation
+from speech_emotion.augmentation import build_augmentation
 from speech_emotion.batching import BatchShard, ClipDataset, Collator, LengthBucketSampler, TrainingRows, padding_share
 from speech_emotion.corpora import load_corpus
 from speech_emotion.corpora.table import SPLITS
+from speech_emotion.cross_corpus import load_others
 from speech_emotion.errors import UserError, run_as_command
 from speech_emotion.features import build_extraction, plan_splits, prepare_splits
 from speech_emotion.frozen import cache_frozen
 from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, load_weights, may_skip_parameters, wants_attention_mask
 from speech_emotion.optimization import build_loss, build_optimizer, build_scheduler
+from speech_emotion.protocols import run_protocol
 from speech_emotion.report import write_json
 from speech_emotion.session import (
     CHECKPOINT_STATE,
+    calibrate,
     describe_run,
     find_checkpoint,
     finish_run,
@@ -61,8 +64,12 @@ logger = logging.getLogger("run_classification_no_trainer")
 
 
 def main(argv=None):
+    # One run, or one a fold, a seed or a share of the data, if the recipe asks for that.
+    return run_protocol(parse_arguments(argv, with_loop=True), train)
+
+
+def train(arguments):
     # What is asked for.
-    arguments = parse_arguments(argv, with_loop=True)
     data, args = arguments.data, arguments.training
     set_up_logging(arguments)
     use_all_cores(arguments)
@@ -77,9 +84,10 @@ def main(argv=None):
         corpus = load_corpus(arguments)
     split = split_corpus(corpus, data, args.seed if data.split_seed is None else data.split_seed)
     label_names = split.clips.features["label"].names
+    others = load_others(arguments, label_names)
     model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, args.seed)
     extraction = build_extraction(model, feature_extractor, window_seconds)
-    augmentation = Augmentation(data.augment_speed, data.augment_gain_db, data.augment_time_mask_seconds)
+    augmentation = build_augmentation(data)
 
     # A Dataset and a DataLoader. Either Dataset gives the same rows: from a cached table, or from the audio files.
     overwrite = data.overwrite_cache and args.local_process_index == 0
@@ -101,7 +109,11 @@ def main(argv=None):
     else:
         rows = {name: ClipDataset(split.clips, getattr(prepared, name), extraction, args.seed) for name in SPLITS}
     clips_per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    sampler = LengthBucketSampler(prepared.train["length"][:], clips_per_step, args.seed, args.bucket_by_length)
+    labels = prepared.train["labels"][:]
+    sampler = LengthBucketSampler(
+        prepared.train["length"][:], clips_per_step, args.seed, args.bucket_by_length,
+        labels if args.class_balanced_sampling else None,
+    )  # fmt: skip
     workers = {
         "collate_fn": collate,
         "num_workers": args.dataloader_num_workers,
@@ -117,8 +129,7 @@ def main(argv=None):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     wrapped = wrap(model, arguments)
-    labels = prepared.train["labels"][:]
-    compute_loss = build_loss(labels, len(label_names), args.class_weights, args.label_smoothing_factor)
+    compute_loss = build_loss(labels, len(label_names), args)
     optimizer = build_optimizer(model, args)
     accumulation = args.gradient_accumulation_steps
     steps_per_epoch = len(train_batches) // accumulation
@@ -231,11 +242,16 @@ def main(argv=None):
                      "train_samples_per_second": num_done * clips_per_step / seconds}  # fmt: skip
     if args.load_best_model_at_end and state["best_model_checkpoint"]:
         load_weights(model, state["best_model_checkpoint"])
+    validation = evaluate("validation")[0]
+    temperature = calibrate(model, validation, args)
     if args.process_index == 0:
         model.save_pretrained(output_dir)
         feature_extractor.save_pretrained(output_dir)
-    validation, test = evaluate("validation")[0], evaluate("test")[0]
-    return finish_run(arguments, prepared, train_results, validation, test, state["log_history"], tracker, layer_scores)
+    test = evaluate("test")[0]
+    return finish_run(
+        arguments, prepared, extraction, train_results, validation, test, state["log_history"], tracker,
+        layer_scores, temperature, others,
+    )  # fmt: skip
 
 
 def check_supported(arguments):

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -42,6 +42,7 @@ TORCH_SCHEDULES = ("step", "multi_step", "exponential", "one_cycle")
 
 
 MAX_LOADER_WORKERS = 4
+MIN_FOLDS = 3  # of a cross-validation: one each to train, validate and test on
 SECONDS_BETWEEN_COMPILED_LENGTHS = 1.0
 
 # What the head may see instead of the output of the layer of a given number.
@@ -162,6 +163,34 @@ class DataArguments:
         default=False,
         metadata={"help": "Accept given splits that share groups; the results then say so."},
     )
+    cross_validation: str | None = field(
+        default=None,
+        metadata={
+            "help": "loso (each speaker, or session where the corpus has sessions, is the test once) or a number of folds; each "
+            "is a full run in a folder of its own, and the same command resumes."
+        },
+    )
+    train_fractions: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "A run for each of these shares of the training groups, as in '0.05 0.1 0.25 1': a data-efficiency curve."
+        },
+    )
+    ignore_splits: bool = field(default=False, metadata={"help": "Draw new splits even where the corpus comes with its own."})
+    test_on: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Other corpora to test the trained model on: NAME=FOLDER, as in 'emodb=/data/emodb', or a recipe's JSON file "
+            "whose data keys describe the corpus."
+        },
+    )
+    label_map: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON: which class of those corpora is which of the model\'s, as in \'{"happiness": "happy"}\', or for one '
+            "corpus '{\"emodb\": {...}}'. Equal names are the same by themselves; null leaves a class out."
+        },
+    )
     train_on_validation: bool = field(
         default=False,
         metadata={
@@ -212,6 +241,15 @@ class DataArguments:
         default=1.0, metadata={"help": "Each change is made to so large a share of the training clips, drawn anew in each epoch."}
     )
 
+    def __post_init__(self) -> None:
+        if isinstance(self.label_map, str):
+            try:
+                self.label_map = json.loads(self.label_map)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"key 'label_map': not valid JSON ({error.msg}).") from error
+        if self.label_map is not None and not isinstance(self.label_map, dict):
+            raise ValueError('key \'label_map\': must be a JSON object, {"their class": "our class"}.')
+
 
 @dataclass
 class SpeechTrainingArguments(TrainingArguments):
@@ -219,6 +257,9 @@ class SpeechTrainingArguments(TrainingArguments):
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Where the model and all results go; by default runs/ and the recipe's name."}
+    )
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "A run for each of these seeds, on the same split; summarized with mean and spread."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start over in an output folder that already holds a run."}
@@ -273,6 +314,18 @@ class SpeechTrainingArguments(TrainingArguments):
             "help": "Divide the logits by a temperature fitted on validation, so that probabilities mean what they say; it is "
             "saved in the model's head. Predictions stay the same."
         },
+    )
+    audit: bool = field(
+        default=True,
+        metadata={"help": "At the end, ask what duration, loudness, bandwidth and the parts without speech would explain."},
+    )
+    robustness: bool = field(
+        default=True, metadata={"help": "At the end, test with added noise, other loudness and a telephone's bandwidth."}
+    )
+    report: bool = field(default=True, metadata={"help": "Write report.html and the figures."})
+    report_audio: bool = field(
+        default=True,
+        metadata={"help": "Put the worst clips' audio into report.html; not for corpora that must not be passed on."},
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many validations without a better metric_for_best_model."}
@@ -467,17 +520,33 @@ def parse_arguments(argv: list[str] | None = None, with_loop: bool = False) -> A
             not belong. The message names the file, the key and the nearest valid key.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _build_parser(with_loop)
     if {"-h", "--help"} & set(argv):
-        parser.print_help()
+        _build_parser(with_loop).print_help()
         raise SystemExit(0)
 
     recipe_path = argv.pop(0) if argv and not argv[0].startswith("--") else None
-    recipe = _load_recipe(recipe_path) if recipe_path else {}
+    recipe = load_recipe(recipe_path) if recipe_path else {}
     flags = _split_flags(argv)
     if recipe_path is None and not flags:
         raise UserError("the command line names no recipe and no --key: try recipes/demo.json, or see --help.")
 
+    return _build_arguments(recipe, flags, recipe_path, argv, with_loop)
+
+
+def derive_arguments(arguments: Arguments, changes: dict[str, Any]) -> Arguments:
+    """Returns the arguments of the same recipe with some keys changed; None takes a key's default.
+
+    Raises:
+        UserError: as `parse_arguments`.
+    """
+    recipe = {key: value for key, value in (resolve_recipe(arguments) | changes).items() if changes.get(key, "") is not None}
+    return _build_arguments(recipe, {}, arguments.recipe_path, arguments.command_line, arguments.loop is not None)
+
+
+def _build_arguments(
+    recipe: dict[str, Any], flags: dict[str, list[str]], recipe_path: str | None, argv: list[str], with_loop: bool
+) -> Arguments:
+    parser = _build_parser(with_loop)
     types = {key: hint for cls in parser.dataclass_types for key, hint in get_type_hints(cls).items()}
     names = {f.name for cls in parser.dataclass_types for f in fields(cls) if f.init}
     _check_keys(recipe, names, recipe_path)
@@ -516,7 +585,13 @@ def parse_arguments(argv: list[str] | None = None, with_loop: bool = False) -> A
     return Arguments(model, data, training, {**recipe, **dict.fromkeys(flags)}, recipe_path, argv, *loop)
 
 
-def _load_recipe(path: str) -> dict[str, Any]:
+def load_recipe(path: str) -> dict[str, Any]:
+    """Returns a recipe's keys and values as they stand in the file.
+
+    Raises:
+        UserError: no such file, not a JSON object, or a key that stands there twice.
+    """
+
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         duplicates = sorted({key for key in keys if keys.count(key) > 1})
@@ -647,6 +722,17 @@ def _check_values(model: ModelArguments, data: DataArguments, training: SpeechTr
         refuse("focal_gamma", f"is {training.focal_gamma}, and must be at least 0.")
     if training.temperature_scaling and data.train_on_validation:
         refuse("temperature_scaling", "is fitted on the validation clips, which train_on_validation trains on: leave one out.")
+    protocol = data.cross_validation
+    if protocol is not None and protocol != "loso" and not (protocol.isdigit() and int(protocol) >= MIN_FOLDS):
+        refuse("cross_validation", f"is '{protocol}', and must be loso or a number of folds from {MIN_FOLDS} on.")
+    if protocol is not None and (data.test_groups or data.validation_groups):
+        refuse("cross_validation", "chooses test and validation groups by itself: leave test_groups and validation_groups out.")
+    if data.train_fractions is not None and (
+        len(set(data.train_fractions)) < len(data.train_fractions) or not all(0 < share <= 1 for share in data.train_fractions)
+    ):
+        refuse("train_fractions", "takes different shares above 0 and up to 1, as in [0.05, 0.1, 0.25, 1].")
+    if training.seeds is not None and len(set(training.seeds)) < len(training.seeds):
+        refuse("seeds", "names a seed twice.")
     if not 0 < data.train_fraction <= 1:
         refuse("train_fraction", f"is {data.train_fraction}, and must be above 0 and at most 1.")
     if not 0 <= data.augment_speed < 0.5:
@@ -688,7 +774,11 @@ def resolve_recipe(arguments: Arguments) -> dict[str, Any]:
         for f in fields(part):
             is_ours = not isinstance(part, TrainingArguments) or f.name in own or f.name in arguments.given
             value = getattr(part, f.name)
-            if not is_ours or value is None or f.name in SECRET_KEYS or f.name == "resume_from_checkpoint":
+            if not is_ours or f.name in SECRET_KEYS or f.name == "resume_from_checkpoint":
+                continue
+            if value is None:
+                if f.default not in (None, MISSING):  # null was asked for
+                    recipe[f.name] = None
                 continue
             value = getattr(value, "value", value)  # enums
             if isinstance(value, str | int | float | bool | list | dict) and value != []:

@@ -40,6 +40,17 @@ def read_duration(audio: dict[str, Any]) -> float:
         return float("nan")
 
 
+def read_native(audio: dict[str, Any]) -> tuple[np.ndarray, int]:
+    """Returns a recording as it is, mono float32 (num_samples,), and its own sampling rate.
+
+    Raises:
+        BadAudioError: it cannot be decoded.
+    """
+    suffix = Path(audio["path"] or "").suffix.lower()
+    waveform, rate = (_decode_with_torchcodec if suffix in OTHER_SUFFIXES else _decode_with_soundfile)(audio)
+    return (waveform.mean(axis=1) if waveform.ndim == 2 else waveform), rate
+
+
 def count_samples(audio: dict[str, Any], sampling_rate: int) -> int:
     """Returns how many samples `decode` gives at this rate, from the file's header alone (0 if it cannot be read)."""
     try:

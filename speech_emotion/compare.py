@@ -41,8 +41,8 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     Raises:
         UserError: no predictions, other clips, or other labels.
 
-    Source: paired bootstrap of clusters, B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13; Q.
-        McNemar, Psychometrika 12, 1947.
+    Source: paired bootstrap of clusters, B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13;
+        Q. McNemar, Psychometrika 12, 1947.
     """
     a, b = _read(first), _read(second)
     _check_same_clips(a, b, first, second)

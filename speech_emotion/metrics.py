@@ -249,6 +249,8 @@ def choose_clusters(clips: Dataset) -> tuple[str, np.ndarray]:
         groups = np.asarray(clips[column][:], dtype=object)
         if None not in set(groups) and len(set(groups)) >= MIN_CLUSTERS:
             return column.removesuffix("_id"), np.unique(groups.astype(str), return_inverse=True)[1]
+    if "clip" in clips.column_names:  # answers of several runs: those on one clip go together
+        return "clip", np.unique(np.asarray(clips["clip"][:]).astype(str), return_inverse=True)[1]
     return "clip", np.arange(len(clips))
 
 

@@ -21,26 +21,26 @@ OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adam", "sgd", "rmsprop")
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
-def build_loss(
-    labels: np.ndarray, num_labels: int, class_weights: str, label_smoothing: float, focal_gamma: float | None = None
-) -> Callable[..., torch.Tensor]:
-    """Builds the loss that Trainer takes as `compute_loss_func`: cross-entropy, or the focal loss.
+def build_loss(labels: np.ndarray, num_labels: int, training: SpeechTrainingArguments) -> Callable[..., torch.Tensor]:
+    """Builds the loss that Trainer takes as `compute_loss_func`.
 
     Args:
         labels: of the training clips, (num_clips,).
         num_labels: number of classes.
-        class_weights: "none", or "balanced": num_clips / (num_labels * clips of the class), so that a clip weighs 1
-            on average.
-        label_smoothing: share of the target spread over all classes.
-        focal_gamma: power of (1 - probability of the right class) that a clip's cross-entropy is multiplied with (T.-Y. Lin et
-            al., Focal Loss for Dense Object Detection, arXiv 1708.02002); None for cross-entropy.
+        training: `loss` (cross_entropy, or focal, in which a clip's cross-entropy is multiplied with (1 - probability of the
+            right class) ** `focal_gamma`); `class_weights` ("balanced": num_clips / (num_labels * clips of the class), so
+            that a clip weighs 1 on average); `label_smoothing_factor` (share of the target spread over all classes).
 
     Returns:
         A function of (outputs with `logits` (batch, num_labels), labels (batch,), num_items_in_batch). It divides by
         the clips of the whole optimizer step where that is given, so that accumulation does not change the loss.
+
+    Source: of the focal loss, T.-Y. Lin et al., Focal Loss for Dense Object Detection, arXiv 1708.02002.
     """
+    focal_gamma = training.focal_gamma if training.loss == "focal" else None
+    label_smoothing = training.label_smoothing_factor
     weight = None
-    if class_weights == "balanced":
+    if training.class_weights == "balanced":
         counts = np.bincount(labels, minlength=num_labels)
         weight = torch.tensor(len(labels) / (num_labels * np.maximum(counts, 1)), dtype=torch.float32)
 

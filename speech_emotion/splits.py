@@ -68,6 +68,8 @@ def split_corpus(corpus: Dataset | DatasetDict, data: DataArguments, seed: int) 
         UserError: too few groups, a column of groups that the corpus lacks, given splits that share groups, or labels
             that occur in validation or test only.
     """
+    if isinstance(corpus, DatasetDict) and data.ignore_splits:
+        corpus = concatenate_datasets([corpus[name] for name in SPLITS if name in corpus])
     given = isinstance(corpus, DatasetDict)
     clips = concatenate_datasets([corpus[name] for name in SPLITS if name in corpus]) if given else corpus
     splits = np.concatenate([np.full(len(corpus[name]), name) for name in SPLITS if name in corpus]).astype(object) \
@@ -75,7 +77,9 @@ def split_corpus(corpus: Dataset | DatasetDict, data: DataArguments, seed: int) 
     if given and "train" not in corpus:
         raise UserError(f"the corpus gives {' and '.join(corpus)} but no train split: there is nothing to train on.")
     if given and (data.test_groups or data.validation_groups):
-        raise UserError("keys 'test_groups' and 'validation_groups': the corpus comes with its own splits.")
+        raise UserError(
+            "keys 'test_groups' and 'validation_groups': the corpus comes with its own splits. Draw others with --ignore_splits."
+        )
 
     split_by = choose_split_by(clips, data.split_by)
     notes: list[str] = []

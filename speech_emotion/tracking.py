@@ -5,6 +5,7 @@ Secrets stay out: nothing that reads the command line or the environment by itse
 """
 
 import importlib.util
+import io
 import logging
 import os
 from collections.abc import Callable
@@ -12,19 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from speech_emotion.arguments import SpeechTrainingArguments
+from speech_emotion.audio import read_native
 from speech_emotion.corpora.table import SPLITS
 from speech_emotion.errors import UserError
+from speech_emotion.examination import Findings
+from speech_emotion.html_report import draw_spectrogram
 from speech_emotion.metrics import Evaluation
-from speech_emotion.splits import Split
+from speech_emotion.report import REPORT_FILE
+from speech_emotion.splits import Split, clip_names
 
 logger = logging.getLogger(__name__)
 
 COMET = "comet_ml"
 COMET_FOLDER = "comet"
+CLIPS_PER_CELL = 5  # of the confusion matrix; each is uploaded
 # What each tracker needs installed, as far as requirements.txt leaves it out.
 PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard", "comet_ml": "comet_ml", "mlflow": "mlflow"}
 
@@ -86,6 +93,7 @@ class Tracker:
     def __init__(self, training: SpeechTrainingArguments) -> None:
         self.output_dir = Path(training.output_dir)
         self.experiment = None
+        self.with_audio = training.report_audio
         self.callbacks = self._build_callbacks(training)
         uses_comet = COMET in training.report_to
         training.report_to = []  # else Trainer would build the same callbacks again, unguarded
@@ -176,18 +184,63 @@ class Tracker:
         if self.experiment is not None:
             self._guard(lambda: self.experiment.log_metrics(scalars, step=step, epoch=epoch))
 
-    def log_results(self, results: dict[str, Any], evaluation: Evaluation, figures: list[Path]) -> None:
-        """Logs the test's results, confusion matrix and figures."""
+    def log_results(
+        self, results: dict[str, Any], evaluation: Evaluation, clips: Dataset, figures: list[Path], findings: Findings
+    ) -> None:
+        """Logs the test's results, the confusion matrix with clips in its cells, the worst clips' audio, figures and report.
+
+        Args:
+            results: of the test.
+            evaluation: of the test clips.
+            clips: the whole corpus table.
+            figures: paths of PNGs.
+            findings: of the examination.
+        """
         if self.experiment is None:
             return
-        self._guard(lambda: self.experiment.log_metrics({k: v for k, v in results.items() if isinstance(v, int | float)}))
-        self._guard(
-            lambda: self.experiment.log_confusion_matrix(
-                matrix=evaluation.confusion_matrix.tolist(), labels=evaluation.label_names, title="Test"
-            )
-        )
+        scalars = {key: value for key, value in results.items() if isinstance(value, int | float)}
+        for entry in findings.robustness or []:
+            scalars[f"robustness/{entry['condition']}"] = entry["uar"]
+        for entry in findings.audit["shortcuts"] if findings.audit else []:
+            scalars[f"audit/{entry['cue']}, {entry['by']}"] = entry["uar"]
+        self._guard(lambda: self.experiment.log_metrics(scalars))
+        with_audio = self.with_audio
+        self._guard(lambda: self._log_confusion_matrix(evaluation, clips, with_audio))
+        if with_audio:
+            for entry in findings.worst_clips:
+                self._guard(lambda entry=entry: self._log_clip(entry, clips))
         for path in figures:
             self._guard(lambda path=path: self.experiment.log_image(str(path), name=path.stem))
+        for name in ("predictions.csv", "groups.csv", "history.csv", REPORT_FILE):
+            if (self.output_dir / name).is_file():
+                self._guard(lambda name=name: self.experiment.log_asset(str(self.output_dir / name), file_name=name))
+
+    def _log_confusion_matrix(self, evaluation: Evaluation, clips: Dataset, with_audio: bool) -> None:
+        names = clip_names(clips)
+
+        def log_example(index: int) -> dict[str, str]:
+            # Comet shows images in the matrix; the audio beside it has the same name.
+            name, row = names[int(evaluation.clips[index])], int(evaluation.clips[index])
+            samples, rate = read_native(clips[row]["audio"])
+            self.experiment.log_audio(samples, sample_rate=rate, file_name=f"test/{name}")
+            image = self.experiment.log_image(io.BytesIO(draw_spectrogram(samples)), name=f"test/{name}.png")
+            return {"sample": name, "assetId": image["imageId"]}
+
+        self.experiment.log_confusion_matrix(
+            y_true=evaluation.references.tolist(),
+            y_predicted=evaluation.predictions.tolist(),
+            labels=evaluation.label_names,
+            title="Test",
+            max_examples_per_cell=CLIPS_PER_CELL,
+            index_to_example_function=log_example if with_audio else lambda index: names[int(evaluation.clips[index])],
+        )
+
+    def _log_clip(self, entry: dict[str, Any], clips: Dataset) -> None:
+        samples, rate = read_native(clips[entry["row"]]["audio"])
+        metadata = {key: entry[key] for key in ("label", "prediction", "probability", "loss", "speaker_id", "sentence_id")}
+        self.experiment.log_audio(
+            samples, sample_rate=rate, file_name=f"worst/{entry['clip']}", metadata=metadata, copy_to_tmp=False
+        )
 
     def end(self) -> None:
         """Closes the experiment and says how an offline one is sent."""
