@@ -150,7 +150,7 @@ def plan_folds(corpus: Dataset | DatasetDict, protocol: str, split_by: list[str]
     folds = [sorted(names[fold_of_group == fold].tolist()) for fold in range(num_folds)]
     planned = []
     for number, members in enumerate(folds):
-        title = members[0] if len(members) == 1 else str(number + 1)
+        title = members[0] if protocol == "loso" else str(number + 1)
         planned.append(
             PlannedRun(
                 f"fold_{re.sub(r'[^A-Za-z0-9.-]', '_', title)}",

@@ -11,7 +11,7 @@ from test_audio import bad_files
 
 import speech_emotion.features as features_module
 from speech_emotion.arguments import DataArguments, parse_arguments
-from speech_emotion.augmentation import Augmentation
+from speech_emotion.augmentation import Augmentation, build_augmentation, pass_telephone
 from speech_emotion.batching import Collator, LengthBucketSampler, TrainingRows, padding_share
 from speech_emotion.corpora import audio_folder
 from speech_emotion.corpora import thorsten as thorsten_loader
@@ -203,6 +203,73 @@ def test_augmentation_changes_what_it_says():
     masked = [int((Augmentation(time_mask_seconds=0.2)(waveform, 16000, rng) == 0).sum()) for _ in range(50)]
     assert 0 < max(masked) <= 3200
     np.testing.assert_array_equal(waveform, before)
+
+
+def snr_db(waveform, changed):
+    return 10 * np.log10(np.mean(waveform**2) / np.mean((changed - waveform) ** 2))
+
+
+def test_noise_has_the_ratio_that_was_asked_for(tmp_path):
+    rng = np.random.default_rng(0)
+    waveform = tone(1.0, 400)
+    ratios = [snr_db(waveform, Augmentation(noise_snr_db=(3.0, 12.0))(waveform, 16000, rng)) for _ in range(20)]
+    assert min(ratios) > 2.9 and max(ratios) < 12.1 and np.ptp(ratios) > 3
+    write_tone(tmp_path / "noise" / "hum.wav", 0.2, 50, sampling_rate=8000)  # shorter than the clip and of another rate
+    recorded = build_augmentation(DataArguments(augment_noise_snr_db=[6.0, 6.0], augment_noise_dir=str(tmp_path / "noise")))
+    changed = recorded(waveform, 16000, rng)
+    assert snr_db(waveform, changed) == pytest.approx(6.0, abs=0.01)
+    spectrum = np.abs(np.fft.rfft(changed - waveform))
+    assert abs(int(spectrum.argmax()) - 50) <= 1
+    with pytest.raises(UserError, match="augment_noise_dir"):
+        build_augmentation(DataArguments(augment_noise_snr_db=[6.0, 6.0], augment_noise_dir=str(tmp_path / "nowhere")))
+
+
+def test_frequency_masks_take_one_band_out_and_leave_the_rest():
+    rng = np.random.default_rng(0)
+    waveform = rng.standard_normal(16000).astype(np.float32)
+    before = np.abs(np.fft.rfft(waveform)) ** 2
+    widths = []
+    for _ in range(20):
+        changed = Augmentation(frequency_mask_hz=2000)(waveform, 16000, rng)
+        assert changed.shape == waveform.shape
+        ratio = (np.abs(np.fft.rfft(changed)) ** 2).reshape(-1, 1)[:8000].reshape(80, 100).sum(axis=1)
+        gone = ratio < 0.05 * before[:8000].reshape(80, 100).sum(axis=1)  # bands of 100 Hz
+        widths.append(100 * gone.sum())
+        assert np.all(np.diff(np.flatnonzero(gone)) == 1)  # one band
+    assert max(widths) <= 2000 and max(widths) > 1000
+
+
+def test_the_telephone_passes_its_band_only():
+    rng = np.random.default_rng(0)
+    waveform = (0.1 * rng.standard_normal(16000)).astype(np.float32)
+    power = np.abs(np.fft.rfft(pass_telephone(waveform, 16000))) ** 2  # a bin a hertz
+    inside = power[500:3000].mean()
+    assert power[4100:].mean() < 0.01 * inside and power[:150].mean() < 0.3 * inside
+
+
+def test_augmentation_with_a_probability_leaves_that_share_alone():
+    rng = np.random.default_rng(0)
+    waveform = tone(0.1, 400)
+    changed = [not np.array_equal(Augmentation(gain_db=6, probability=0.3)(waveform, 16000, rng), waveform) for _ in range(400)]
+    assert 0.22 < np.mean(changed) < 0.38
+    assert Augmentation(gain_db=6, noise_snr_db=(0, 10), probability=0.3).describe() == (
+        "noise at 0 to 10 dB, gain +-6 dB, each to 30% of the clips"
+    )
+
+
+def test_balanced_sampling_hears_each_class_equally_often():
+    labels = np.array([0] * 30 + [1] * 8 + [2] * 2)
+    lengths = np.arange(1, 41)
+    sampler = LengthBucketSampler(lengths, 4, seed=0, balanced_labels=labels)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        indices = np.array(list(sampler))
+        assert len(indices) == len(sampler) == 40
+        counts = np.bincount(labels[indices % 40])
+        assert counts.min() >= 13 and counts.max() <= 14
+        assert len(set(indices.tolist())) == 40  # a row that comes again draws anew
+        assert set(indices[labels[indices % 40] == 2] % 40) == {38, 39}
+    assert list(sampler) == list(sampler)
 
 
 def test_what_is_random_about_a_row_depends_on_seed_epoch_and_row_alone(tone_folder, tmp_path):

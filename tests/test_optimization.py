@@ -21,28 +21,44 @@ def training(tmp_path, **kwargs):
     return SpeechTrainingArguments(output_dir=str(tmp_path), **kwargs)
 
 
-def test_accumulated_batches_add_up_to_the_loss_of_the_whole():
+def test_accumulated_batches_add_up_to_the_loss_of_the_whole(tmp_path):
     torch.manual_seed(0)
     logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
-    for weights in ("none", "balanced"):
-        loss = build_loss(labels.numpy(), 3, weights, 0.1)
+    for kwargs in (
+        {"label_smoothing_factor": 0.1},
+        {"label_smoothing_factor": 0.1, "class_weights": "balanced"},
+        {"loss": "focal"},
+    ):
+        loss = build_loss(labels.numpy(), 3, training(tmp_path, **kwargs))
         whole = loss({"logits": logits}, labels)
         parts = [loss({"logits": logits[i : i + 2]}, labels[i : i + 2], num_items_in_batch=8) for i in range(0, 8, 2)]
         torch.testing.assert_close(sum(parts), whole)
 
 
-def test_balanced_weights_make_classes_count_the_same():
+def test_balanced_weights_make_classes_count_the_same(tmp_path):
     labels = np.array([0] * 9 + [1])
-    loss = build_loss(labels, 2, "balanced", 0.0)
+    loss = build_loss(labels, 2, training(tmp_path, class_weights="balanced"))
     logits = torch.zeros(10, 2, requires_grad=True)
     loss({"logits": logits}, torch.from_numpy(labels)).backward()
     assert logits.grad[:9, 0].sum().item() == pytest.approx(logits.grad[9, 1].item())
 
 
-def test_label_smoothing_is_torchs():
+def test_focal_loss_is_that_of_its_paper_and_with_gamma_0_the_cross_entropy(tmp_path):
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 1.0]]), torch.tensor([0, 0, 1])
+    right = torch.softmax(logits, dim=1)[torch.arange(3), labels]
+    expected = (-((1 - right) ** 2) * right.log()).mean()  # FL(p) = -(1 - p)^gamma log(p), arXiv 1708.02002, equation 4
+    loss = build_loss(labels.numpy(), 2, training(tmp_path, loss="focal", focal_gamma=2.0))
+    torch.testing.assert_close(loss({"logits": logits}, labels), expected)
+    plain = build_loss(labels.numpy(), 2, training(tmp_path, loss="focal", focal_gamma=0.0))
+    torch.testing.assert_close(plain({"logits": logits}, labels), torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_label_smoothing_is_torchs(tmp_path):
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
-    torch.testing.assert_close(build_loss(labels.numpy(), 3, "none", 0.2)({"logits": logits}, labels), expected)
+    torch.testing.assert_close(
+        build_loss(labels.numpy(), 3, training(tmp_path, label_smoothing_factor=0.2))({"logits": logits}, labels), expected
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def flags(tmp_path, tone_folder, architecture="audio-spectrogram-transformer", *
         "config_name": name, "feature_extractor_name": name, "dataset_name": "audio_folder", "data_dir": str(tone_folder),
         "group_pattern": GROUPS, "output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache"),
         "num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 4, "bf16": "false", "seed": 1,
+        "audit": "false", "robustness": "false", "report": "false",  # each has tests of its own
     } | changes  # fmt: skip
     return [token for key, value in settings.items() if value is not None for token in (f"--{key}", *str(value).split())]
 
@@ -59,7 +60,8 @@ def assert_same_weights(a, b, **tolerance):
 
 def test_a_run_leaves_everything_a_reader_needs_and_its_recipe_repeats_it(tone_folder, tmp_path):
     out = tmp_path / "out"
-    results = run_classification.main(flags(tmp_path, tone_folder, num_train_epochs=20, learning_rate=1e-2))
+    whole = {"audit": None, "robustness": None, "report": None}
+    results = run_classification.main(flags(tmp_path, tone_folder, num_train_epochs=20, learning_rate=1e-2, **whole))
     written = json.loads((out / "test_results.json").read_text())
     for key in ("test_uar", "test_accuracy", "test_f1_macro", "test_recall_high", "test_recall_low"):
         assert results[key] == written[key]
@@ -68,7 +70,9 @@ def test_a_run_leaves_everything_a_reader_needs_and_its_recipe_repeats_it(tone_f
     assert results["test_uar"] > 0.9  # tones of 220 and 880 Hz are told apart
     assert {"eval_uar", "eval_uar_ci95"} <= json.loads((out / "eval_results.json").read_text()).keys()
     for name in ("train_results.json", "all_results.json", "recipe.json", "run.json", "splits.csv", "history.csv",
-                 "confusion_matrix.png", "training_curves.png", "config.json", "preprocessor_config.json"):  # fmt: skip
+                 "confusion_matrix.png", "training_curves.png", "config.json", "preprocessor_config.json", "report.html",
+                 "audit.json", "audit.png", "robustness.json", "robustness.png", "groups.csv", "per_class.png",
+                 "calibration.png"):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
 
     splits, predictions = pd.read_csv(out / "splits.csv"), pd.read_csv(out / "predictions.csv")
@@ -228,7 +232,8 @@ def test_two_processes_train_and_measure_what_one_does(tone_folder, tmp_path):
 
 
 def test_comet_offline_holds_what_is_promised_and_no_secret(tone_folder, tmp_path, caplog):
-    done = run(flags(tmp_path, tone_folder, report_to="comet_ml tensorboard", tags="first second", num_train_epochs=1),
+    done = run(flags(tmp_path, tone_folder, report_to="comet_ml tensorboard", tags="first second", num_train_epochs=1,
+                     audit=None, robustness=None, report=None),
                environment=SECRETS | {"COMET_MODE": "offline"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "comet upload" in done.stdout
@@ -242,8 +247,15 @@ def test_comet_offline_holds_what_is_promised_and_no_secret(tone_folder, tmp_pat
         for path in (tmp_path / "out").rglob("*"):
             assert not path.is_file() or secret.encode() not in path.read_bytes(), path
     for promised in (b"first", b"second", b"recipe/learning_rate", b"confusion-matrix", b"class_distribution.csv",
-                     b"splits.csv", b"training_curves", b"eval/uar", b"test_uar"):  # fmt: skip
+                     b"splits.csv", b"training_curves", b"eval/uar", b"test_uar", b"report.html", b"predictions.csv",
+                     b"robustness/noise at 0 dB", b"audit/loudness, logistic regression", b"calibration"):  # fmt: skip
         assert promised in everything, promised
+    # Clips hang on the cells of the confusion matrix, and the worst are there to be heard.
+    matrix = json.loads(next(data for name, data in content.items() if b"confusionMatrix" in data or b'"rowLabel"' in data))
+    assert matrix["type"] == "image"
+    messages = [json.loads(line) for line in content["messages.json"].splitlines()]
+    sounds = [m["payload"] for m in messages if m["type"] == "file_upload" and m["payload"]["upload_type"] == "audio"]
+    assert any("worst/" in str(sound) and "probability" in str(sound) for sound in sounds)
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
