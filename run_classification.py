@@ -28,7 +28,7 @@ from speech_emotion.features import build_extraction, prepare_splits
 from speech_emotion.frozen import cache_frozen
 from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, may_skip_parameters, wants_attention_mask
-from speech_emotion.optimization import OPTIMIZERS, build_loss, build_optimizer, build_scheduler
+from speech_emotion.optimization import build_loss
 from speech_emotion.protocols import run_protocol
 from speech_emotion.session import (
     ProgressSentences,
@@ -44,6 +44,7 @@ from speech_emotion.session import (
 )
 from speech_emotion.splits import SPLITS_FILE, split_corpus, write_splits
 from speech_emotion.tracking import Tracker
+from speech_emotion.trainer_parts import TrainerParts
 
 logger = logging.getLogger("run_classification")
 
@@ -131,26 +132,8 @@ def train(arguments):
     )  # fmt: skip
 
 
-class EmotionTrainer(Trainer):
+class EmotionTrainer(TrainerParts, Trainer):
     """Trainer with the sampler, optimizer and schedule that the hand-written loop uses too."""
-
-    def __init__(self, sampler, **kwargs):
-        super().__init__(**kwargs)
-        self.sampler = sampler
-
-    def _get_train_sampler(self, train_dataset=None):
-        return self.sampler
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None and self.args.optim in OPTIMIZERS:
-            self.optimizer = build_optimizer(self.model if model is None else model, self.args)
-        return super().create_optimizer(model)
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        if self.lr_scheduler is None:
-            self.lr_scheduler = build_scheduler(optimizer or self.optimizer, self.args, num_training_steps)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
 
 def evaluate_split(trainer, table, label_names, prefix):

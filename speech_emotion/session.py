@@ -67,7 +67,7 @@ CHECKPOINT_STATE = "trainer_state.json"
 # Keys whose change between a checkpoint and its resumption changes nothing that is learnt.
 HARMLESS_KEYS = {"output_dir", "report_to", "run_name", "tags", "comet_workspace", "comet_project", "cache_dir",
                  "preprocessing_num_workers", "overwrite_cache", "logging_steps", "save_total_limit",
-                 "dataloader_num_workers", "push_to_hub", "hub_model_id", "hub_private_repo"}  # fmt: skip
+                 "dataloader_num_workers", "audit", "robustness", "report", "report_audio", "test_on", "label_map", "push_to_hub", "hub_model_id", "hub_private_repo"}  # fmt: skip
 
 
 def set_up_logging(arguments: Arguments) -> None:
@@ -217,6 +217,8 @@ def finish_run(
     all_results = train_results | eval_results | test_results
     if arguments.training.process_index == 0:
         folder = Path(arguments.training.output_dir)
+        if arguments.training.audit or arguments.training.robustness or others:
+            logger.info("Examining the model: shortcuts, worse recordings, other corpora, as far as the recipe asks for them.")
         findings = examine(arguments, split, extraction, test, others or [], folder)
         test_results["test_confused_pairs"] = findings.confused_pairs
         all_results = train_results | eval_results | test_results

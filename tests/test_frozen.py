@@ -161,7 +161,7 @@ def test_what_is_saved_is_an_ordinary_model_with_the_measured_probabilities(free
 
 
 def test_the_best_layer_is_chosen_by_validation_and_drawn(tone_folder, tmp_path):
-    results = run_classification.main(flags(tmp_path, tone_folder, "wav2vec2", freeze="backbone", layer="best"))
+    results = run_classification.main(flags(tmp_path, tone_folder, "wav2vec2", freeze="backbone", layer="best", report=None))
     scores = json.loads((tmp_path / "out" / "train_results.json").read_text())["layer_uar"]
     assert len(scores) == 2 and all(0 <= score <= 1 for score in scores)
     assert results["layer"] == int(np.argmax(scores)) + 1

@@ -4,7 +4,7 @@ import evaluate
 import numpy as np
 import pytest
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, precision_score
 
 from speech_emotion.arguments import DataArguments
 from speech_emotion.corpora import polish
@@ -13,10 +13,14 @@ from speech_emotion.metrics import (
     Evaluation,
     average_windows,
     choose_clusters,
+    compute_ece,
     compute_intervals,
+    compute_reliability,
     compute_results,
     evaluate_logits,
+    fit_temperature,
     load_metrics,
+    softmax,
     summarize,
 )
 
@@ -37,6 +41,39 @@ def test_metrics_are_evaluate_modules_and_agree_with_scikit_learn():
     assert results["accuracy"] == pytest.approx(accuracy_score(*truth))
     assert results["uar"] == pytest.approx(balanced_accuracy_score(*truth))
     assert results["f1_macro"] == pytest.approx(f1_score(*truth, average="macro"))
+
+
+def test_precision_log_loss_and_calibration_agree_with_their_definitions():
+    evaluation = random_evaluation()
+    table = Dataset.from_dict({name: [None] * 300 for name in ("session_id", "speaker_id", "sentence_id")})
+    results = summarize(evaluation, table, "test")
+    truth = (evaluation.references, evaluation.predictions)
+    expected = precision_score(*truth, average=None)
+    assert [results[f"test_precision_c{i}"] for i in range(4)] == pytest.approx(list(expected))
+    assert [results[f"test_f1_c{i}"] for i in range(4)] == pytest.approx(list(f1_score(*truth, average=None)))
+    assert results["test_log_loss"] == pytest.approx(log_loss(evaluation.references, evaluation.probabilities))
+    for name in ("log_loss", "precision_c0", "recall_c3", "uar"):
+        low, high = results[f"test_{name}_ci95"]
+        assert low <= results[f"test_{name}"] <= high
+    # The calibration error, summed by hand over 15 equal bins.
+    confidence = evaluation.probabilities.max(axis=1)
+    right = evaluation.predictions == evaluation.references
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    by_hand = sum(abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean() for b in set(bins))
+    assert results["test_ece"] == pytest.approx(by_hand)
+    assert sum(entry["num_clips"] for entry in results["test_reliability"]) == 300
+
+
+def test_a_temperature_is_found_again_and_calibrates():
+    rng = np.random.default_rng(0)
+    logits = 2.0 * rng.standard_normal((4000, 4))
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    references = np.array([rng.choice(4, p=p) for p in probabilities])  # the logits say how likely each class is
+    assert fit_temperature(logits, references) == pytest.approx(1.0, abs=0.05)
+    assert fit_temperature(5 * logits, references) == pytest.approx(5.0, rel=0.05)
+    sure = compute_ece(compute_reliability(softmax(5 * logits), references))
+    calibrated = compute_ece(compute_reliability(softmax(logits), references))
+    assert sure > 0.15 and calibrated < 0.03
 
 
 def test_classes_that_do_not_occur_are_left_out():

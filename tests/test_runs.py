@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from conftest import GROUPS, ROOT, save_tiny, tiny_config, tiny_extractor, write_tone
+from conftest import ARCHITECTURES, GROUPS, ROOT, save_tiny, tiny_config, tiny_extractor, write_tone
 from safetensors.numpy import load_file
 from test_audio import bad_files
 from transformers import AutoModelForAudioClassification, pipeline, set_seed
@@ -96,6 +96,19 @@ def test_the_best_epoch_by_validation_is_what_is_saved_and_tested(tone_folder, t
     assert results["eval_uar"] == pytest.approx(history["eval_uar"].max())
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_saved_is_the_best_checkpoint_whole(architecture, tone_folder, tmp_path):
+    # The best is made to be the first, so that a part of the last one would show.
+    run_classification.main(
+        flags(tmp_path, tone_folder, architecture, num_train_epochs=2, metric_for_best_model="loss", greater_is_better="true",
+              learning_rate=1e-2)
+    )  # fmt: skip
+    checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    states = [json.loads((path / "trainer_state.json").read_text()) for path in checkpoints]
+    assert Path(states[-1]["best_model_checkpoint"]) == checkpoints[0]
+    assert_same_weights(tmp_path / "out", checkpoints[0])
+
+
 RECIPES = {
     "thorsten_wav2vec2": "wav2vec2", "thorsten_hubert": "hubert", "thorsten_wavlm": "wavlm", "thorsten_wavlm_probe": "wavlm",
     "thorsten_whisper": "whisper",
@@ -173,11 +186,12 @@ def test_eight_clips_at_once_and_one_by_one_train_the_same(tone_folder, tmp_path
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["wav2vec2"])
+@pytest.mark.parametrize("architecture", ["wav2vec2", "audio-spectrogram-transformer"])
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(architecture, tone_folder, tmp_path):
     # Dropout, SpecAugment, random crops and augmentation all draw random numbers that resuming has to restore.
+    overrides = "apply_spec_augment=true,mask_time_prob=0.3" if architecture == "wav2vec2" else "hidden_dropout_prob=0.1"
     argv = flags(tmp_path, tone_folder, architecture, num_train_epochs=4, max_length_seconds=0.32, augment_gain_db=6,
-                 config_overrides="apply_spec_augment=true,mask_time_prob=0.3", load_best_model_at_end="false",
+                 config_overrides=overrides, load_best_model_at_end="false",
                  save_strategy="steps", save_steps=3, eval_strategy="no", save_total_limit=20)  # fmt: skip
     whole = [*argv, "--output_dir", str(tmp_path / "whole")]
     whole.remove(str(tmp_path / "out"))
