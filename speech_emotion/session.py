@@ -67,7 +67,8 @@ CHECKPOINT_STATE = "trainer_state.json"
 # Keys whose change between a checkpoint and its resumption changes nothing that is learnt.
 HARMLESS_KEYS = {"output_dir", "report_to", "run_name", "tags", "comet_workspace", "comet_project", "cache_dir",
                  "preprocessing_num_workers", "overwrite_cache", "logging_steps", "save_total_limit",
-                 "dataloader_num_workers", "audit", "robustness", "report", "report_audio", "test_on", "label_map", "push_to_hub", "hub_model_id", "hub_private_repo"}  # fmt: skip
+                 "dataloader_num_workers", "audit", "robustness", "report", "report_audio", "test_on",
+                 "label_map", "push_to_hub", "hub_model_id", "hub_private_repo"}  # fmt: skip
 
 
 def set_up_logging(arguments: Arguments) -> None:

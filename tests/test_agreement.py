@@ -9,9 +9,10 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 from conftest import ROOT
 from test_runs import ENVIRONMENT, assert_same_weights, flags
-from transformers import AutoModelForAudioClassification
+from transformers import AutoModelForAudioClassification, pipeline
 
 import run_classification
 import run_classification_no_trainer
@@ -174,6 +175,36 @@ def test_the_loop_resumes_to_the_same_weights(tone_folder, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
     both = [pd.read_csv(tmp_path / name / "history.csv")["eval_loss"] for name in ("whole", "stopped")]
     np.testing.assert_array_equal(*both)
+
+
+def test_balance_focal_loss_and_augmentation_are_the_same_in_both(tone_folder, tmp_path):
+    for name, script in (("trainer", run_classification), ("by_hand", run_classification_no_trainer)):
+        argv = loop_flags(tmp_path, tone_folder, "audio-spectrogram-transformer", name, class_balanced_sampling="true",
+                          loss="focal", augment_noise_snr_db="5 20", augment_frequency_mask_hz=800, augment_gain_db=6,
+                          augment_probability=0.7)  # fmt: skip
+        script.main(argv)
+    steps = history(tmp_path / "trainer") - history(tmp_path / "by_hand")
+    assert len(steps) == STEPS and steps.abs().max(axis=None) < 1e-5
+    assert_same_weights(tmp_path / "trainer", tmp_path / "by_hand", rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", [run_classification, run_classification_no_trainer])
+@pytest.mark.parametrize("freeze", ["none", "backbone"])
+def test_the_fitted_temperature_is_in_the_saved_model(freeze, script, tone_folder, tmp_path):
+    for name in ("plain", "scaled"):
+        results = script.main(
+            flags(tmp_path, tone_folder, "wav2vec2", output_dir=tmp_path / name, learning_rate=1e-2, freeze=freeze,
+                  temperature_scaling="true" if name == "scaled" else None, report=None)
+        )  # fmt: skip
+    plain, scaled = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("plain", "scaled"))
+    assert list(plain["prediction"]) == list(scaled["prediction"])
+    logit = np.log(scaled["probability_high"] / scaled["probability_low"]) * results["temperature"]
+    np.testing.assert_allclose(1 / (1 + np.exp(-logit)), plain["probability_high"], atol=1e-3)
+    served = pipeline("audio-classification", model=str(tmp_path / "scaled"), device="cpu", top_k=None)
+    waveform, _ = soundfile.read(tone_folder / scaled["clip"][0], dtype="float32")
+    scores = {entry["label"]: entry["score"] for entry in served(waveform)}
+    assert scores["high"] == pytest.approx(scaled["probability_high"][0], abs=1e-3)
+    assert "divided by a temperature of" in (tmp_path / "scaled" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_loop_tells_comet_by_hand(tone_folder, tmp_path):
