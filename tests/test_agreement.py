@@ -189,11 +189,11 @@ def test_balance_focal_loss_and_augmentation_are_the_same_in_both(tone_folder, t
 
 
 @pytest.mark.parametrize("script", [run_classification, run_classification_no_trainer])
-@pytest.mark.parametrize("freeze", ["none", "backbone"])
-def test_the_fitted_temperature_is_in_the_saved_model(freeze, script, tone_folder, tmp_path):
+@pytest.mark.parametrize(("architecture", "freeze"), [("audio-spectrogram-transformer", "none"), ("wav2vec2", "backbone")])
+def test_the_fitted_temperature_is_in_the_saved_model(architecture, freeze, script, tone_folder, tmp_path):
     for name in ("plain", "scaled"):
         results = script.main(
-            flags(tmp_path, tone_folder, "wav2vec2", output_dir=tmp_path / name, learning_rate=1e-2, freeze=freeze,
+            flags(tmp_path, tone_folder, architecture, output_dir=tmp_path / name, learning_rate=1e-2, freeze=freeze,
                   temperature_scaling="true" if name == "scaled" else None, report=None)
         )  # fmt: skip
     plain, scaled = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("plain", "scaled"))
