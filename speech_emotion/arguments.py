@@ -788,6 +788,20 @@ def resolve_recipe(arguments: Arguments) -> dict[str, Any]:
     return recipe
 
 
+def strip_local_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Returns the recipe as it may be shown to others: folders of this machine are named by their last part, or left out."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, list):
+            return [strip(item) for item in value]
+        if isinstance(value, str) and "=" in value and Path(value.partition("=")[2]).is_absolute():
+            return value.partition("=")[0]  # NAME=FOLDER
+        is_local = isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "..")))
+        return Path(value).name if is_local else value
+
+    return {key: strip(value) for key, value in recipe.items() if key not in ("output_dir", "cache_dir", "logging_dir")}
+
+
 def describe_environment(arguments: Arguments) -> dict[str, Any]:
     """Returns what else shaped the run: overrides, the code's commit, library versions, machine."""
     root = Path(__file__).parent.parent

@@ -30,6 +30,7 @@ from speech_emotion.arguments import (
     derive_arguments,
     describe_environment,
     resolve_recipe,
+    strip_local_paths,
 )
 from speech_emotion.corpora import load_corpus
 from speech_emotion.corpora.table import GROUP_COLUMNS
@@ -37,7 +38,7 @@ from speech_emotion.errors import UserError
 from speech_emotion.html_report import build_chart, describe_groups, describe_results, dump, render
 from speech_emotion.metrics import SCORES, Evaluation, summarize
 from speech_emotion.report import REPORT_FILE, TITLES, draw_lines, draw_results, format_results, write_json, write_text
-from speech_emotion.session import HARMLESS_KEYS, set_up_logging
+from speech_emotion.session import HARMLESS_KEYS, describe_model, set_up_logging
 from speech_emotion.splits import NUM_DRAWS, choose_split_by
 
 logger = logging.getLogger(__name__)
@@ -295,7 +296,7 @@ def write_summary(summary: dict[str, Any], arguments: Arguments, folder: Path) -
     pooled.to_csv(folder / "predictions.csv", index=False)
     context = describe_results(summary["pooled"], "test") | {
         "title": arguments.training.run_name or folder.name,
-        "subtitle": f"{arguments.model.model_name_or_path or arguments.model.config_name} on {arguments.data.dataset_name}",
+        "subtitle": f"{describe_model(arguments)} on {Path(arguments.data.dataset_name).name}",
         "badges": [{"text": summary["speaker_dependence"], "bad": summary["speaker_dependence"] != "speaker-independent"},
                    {"text": summary["protocol"], "bad": False}],
         "runs": summary["runs"],
@@ -304,8 +305,10 @@ def write_summary(summary: dict[str, Any], arguments: Arguments, folder: Path) -
         "pairs": summary["confused_pairs"],
         "groups": describe_groups(summary["groups"]),
         "training_rows": [("Protocol", summary["protocol"])],
-        "recipe": dump(resolve_recipe(arguments)),
-        "environment": dump(describe_environment(arguments)),
+        "recipe": dump(strip_local_paths(resolve_recipe(arguments))),
+        "environment": dump(
+            {key: value for key, value in describe_environment(arguments).items() if key not in ("overrides", "recipe")}
+        ),
     }  # fmt: skip
     if arguments.training.report:
         draw_results(summary["pooled"], "test", folder)

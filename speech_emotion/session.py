@@ -25,6 +25,7 @@ from speech_emotion.arguments import (
     SpeechTrainingArguments,
     describe_environment,
     resolve_recipe,
+    strip_local_paths,
 )
 from speech_emotion.augmentation import build_augmentation
 from speech_emotion.corpora.table import SPLITS
@@ -279,6 +280,12 @@ def write_findings(findings: Findings, others: list[OtherCorpus], folder: Path, 
     return figures
 
 
+def describe_model(arguments: Arguments) -> str:
+    """Returns the pretrained model's name, without the folders of this machine."""
+    name = arguments.model.model_name_or_path or arguments.model.config_name
+    return strip_local_paths({"name": name})["name"]
+
+
 def write_report(
     arguments: Arguments,
     split: Split,
@@ -296,7 +303,7 @@ def write_report(
     environment = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     context = describe_results(results, "test") | describe_split(split) | {
         "title": training.run_name or folder.name,
-        "subtitle": f"{arguments.model.model_name_or_path or arguments.model.config_name} on {data.dataset_name}",
+        "subtitle": f"{describe_model(arguments)} on {Path(data.dataset_name).name}",
         "badges": [
             {"text": dependence if dependence != "unknown" else "speakers unknown", "bad": dependence != "speaker-independent"},
             {"text": "hold-out", "bad": False},
@@ -315,7 +322,7 @@ def write_report(
         "layers": describe_layers(layer_scores.uar, layer_scores.chosen) if layer_scores is not None else None,
         "groups": describe_groups(findings.groups),
         "training_rows": [
-            ("Model", arguments.model.model_name_or_path or arguments.model.config_name),
+            ("Model", describe_model(arguments)),
             ("Trained", {"none": "all weights", "feature_encoder": "all but the convolutions", "backbone": "the head"}[
                 arguments.model.freeze]),
             ("Epochs", f"{results['epoch']:g} of {training.num_train_epochs:g}"),
@@ -327,8 +334,8 @@ def write_report(
              "weights" if training.class_weights == "balanced" else "none"),
             ("Augmentation", augmentation.describe() + ", in training only" * bool(augmentation)),
         ],
-        "recipe": dump(resolve_recipe(arguments)),
-        "environment": dump({key: value for key, value in environment.items() if key != "overrides"}),
+        "recipe": dump(strip_local_paths(resolve_recipe(arguments))),
+        "environment": dump({key: value for key, value in environment.items() if key not in ("overrides", "recipe")}),
     } | describe_worst_clips(findings.worst_clips, split.clips, sampling_rate, training.report_audio)  # fmt: skip
     write_text(folder / REPORT_FILE, render(context))
 

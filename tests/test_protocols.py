@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_tone
+from conftest import tiny_config, tiny_extractor, write_tone
 from test_known_corpora import make_iemocap, make_meld
 from test_runs import flags
+from transformers import AutoModelForAudioClassification, set_seed
 
 import run_classification
 import run_classification_no_trainer
@@ -169,3 +170,36 @@ def test_a_wrong_label_map_or_corpus_ends_before_training(tone_folder, tmp_path)
         run_classification.main([*argv, "--label_map", '{"anger": "hihg"}'])
     with pytest.raises(UserError, match="key 'test_on', 'emodb=/nowhere'"):
         run_classification.main(flags(tmp_path, tone_folder, test_on="emodb=/nowhere"))
+
+
+def train_recipe(recipe, tmp_path, *extra):
+    set_seed(0)
+    AutoModelForAudioClassification.from_config(tiny_config("wavlm")).save_pretrained(tmp_path / "model")
+    tiny_extractor("wavlm").save_pretrained(tmp_path / "model")
+    return run_classification.main(
+        [f"recipes/{recipe}.json", "--model_name_or_path", str(tmp_path / "model"), "--max_steps", "2", "--bf16", "false",
+         "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out"), "--report", "false", *extra]
+    )  # fmt: skip
+
+
+def test_the_iemocap_recipe_tests_each_session(tmp_path):
+    make_iemocap(tmp_path / "data", num_sessions=5)
+    summary = train_recipe("iemocap_wavlm", tmp_path, "--data_dir", str(tmp_path / "data"))
+    assert [run["fold"] for run in summary["runs"]] == [f"Session{i}" for i in range(1, 6)]
+    assert summary["pooled"]["test_num_clips"] == 25 and summary["speaker_dependence"] == "speaker-independent"
+
+
+def test_the_cross_corpus_recipe_maps_the_classes_of_both_others(tmp_path):
+    for i, emotion in enumerate(("ANG", "DIS", "FEA", "HAP", "NEU", "SAD")):
+        for actor in range(1001, 1006):
+            write_tone(tmp_path / "crema_d" / "AudioWAV" / f"{actor}_DFA_{emotion}_XX.wav", 0.3, 200 + 100 * i, seed=actor + i)
+    for i in range(1, 9):
+        write_tone(tmp_path / "ravdess" / "Actor_01" / f"03-01-0{i}-01-01-01-01.wav", 0.3, 200 + 50 * i, seed=i)
+    for i, letter in enumerate("WLEAFNT"):
+        write_tone(tmp_path / "emodb" / "wav" / f"03a01{letter}a.wav", 0.3, 200 + 50 * i, seed=i)
+    results = train_recipe("crema_d_cross_corpus", tmp_path, "--data_dir", str(tmp_path / "crema_d"), "--test_on",
+                           f"emodb={tmp_path / 'emodb'}", f"ravdess={tmp_path / 'ravdess'}")  # fmt: skip
+    assert results["test_num_clips"] == 6
+    emodb, ravdess = json.loads((tmp_path / "out" / "cross_corpus.json").read_text())["corpora"]
+    assert emodb["num_clips"] == 6 and emodb["unmapped"] == "boredom (1 clips)"
+    assert ravdess["num_clips"] == 6 and ravdess["unmapped"] == "calm (1 clips), surprised (1 clips)"

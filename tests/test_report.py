@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_tone
+from conftest import ROOT, write_tone
 from test_runs import flags
 
 import run_classification
 from speech_emotion.analysis import compute_group_results, find_confused_pairs, find_worst_clips
+from speech_emotion.arguments import strip_local_paths
 from speech_emotion.corpora.table import Clip, build_table
 from speech_emotion.html_report import build_chart, describe_results, render
 from speech_emotion.metrics import Evaluation, summarize
@@ -48,6 +49,15 @@ def test_hostile_names_stay_text(hostile_run):
     assert "49" not in re.findall(r"<h1>(.*?)</h1>", page)[0]  # templates in names are not run
     assert "default-src 'none'" in page
     assert not re.search(r"(?:src|href)=\"(?!data:)(?!fold_|seed_|fraction_)", page)
+
+
+def test_no_folder_of_this_machine_is_told(hostile_run):
+    page = (hostile_run / "report.html").read_text(encoding="utf-8")
+    assert str(hostile_run.parent) not in page and str(ROOT) not in page and "/tmp" not in page
+    recipe = {"output_dir": "/home/me/runs/x", "data_dir": "/home/me/corpus", "model_name_or_path": "facebook/wav2vec2-base",
+              "test_on": ["emodb=/data/emodb", "recipes/x.json"], "data_files": ["../m.csv"], "seed": 1}  # fmt: skip
+    assert strip_local_paths(recipe) == {"data_dir": "corpus", "model_name_or_path": "facebook/wav2vec2-base",
+                                         "test_on": ["emodb", "recipes/x.json"], "data_files": ["m.csv"], "seed": 1}  # fmt: skip
 
 
 @needs_chromium
