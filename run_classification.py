@@ -30,6 +30,7 @@ from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, may_skip_parameters, wants_attention_mask
 from speech_emotion.optimization import build_loss
 from speech_emotion.protocols import run_protocol
+from speech_emotion.publishing import PublishCheckpoints, open_hub
 from speech_emotion.session import (
     ProgressSentences,
     calibrate,
@@ -63,6 +64,7 @@ def train(arguments):
     checkpoint = find_checkpoint(arguments)
     recipe = write_recipe(arguments, output_dir)
     tracker = Tracker(training)
+    publisher = open_hub(training)
 
     # Clips, and who of them is heard in training. One process downloads and prepares, the others wait for it.
     with training.main_process_first(desc="loading the corpus"):
@@ -113,6 +115,8 @@ def train(arguments):
         trainer.remove_callback(callback)
     for callback in (ProgressSentences(), *tracker.callbacks):
         trainer.add_callback(callback)
+    if publisher is not None and training.hub_strategy == "every_save":
+        trainer.add_callback(PublishCheckpoints(publisher))
     if training.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     if trainer.is_world_process_zero():
@@ -128,7 +132,7 @@ def train(arguments):
     test = evaluate_split(trainer, prepared.test, label_names, "test")
     return finish_run(
         arguments, prepared, extraction, train_results, validation, test, trainer.state.log_history, tracker,
-        layer_scores, temperature, others,
+        layer_scores, temperature, others, publisher,
     )  # fmt: skip
 
 

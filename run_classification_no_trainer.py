@@ -44,6 +44,7 @@ from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, load_weights, may_skip_parameters, wants_attention_mask
 from speech_emotion.optimization import build_loss, build_optimizer, build_scheduler
 from speech_emotion.protocols import run_protocol
+from speech_emotion.publishing import open_hub
 from speech_emotion.report import write_json
 from speech_emotion.session import (
     CHECKPOINT_STATE,
@@ -78,6 +79,7 @@ def train(arguments):
     checkpoint = find_checkpoint(arguments)
     recipe = write_recipe(arguments, output_dir)
     tracker = Tracker(args)
+    publisher = open_hub(args)
 
     # Clips, splits, model and features: the same road as with Trainer.
     with args.main_process_first(desc="loading the corpus"):
@@ -250,19 +252,20 @@ def train(arguments):
     test = evaluate("test")[0]
     return finish_run(
         arguments, prepared, extraction, train_results, validation, test, state["log_history"], tracker,
-        layer_scores, temperature, others,
+        layer_scores, temperature, others, publisher,
     )  # fmt: skip
 
 
 def check_supported(arguments):
     """Raises `UserError` for what a recipe may ask of Trainer but not of this loop."""
     training, parallel = arguments.training, arguments.loop.parallel
-    for key, allowed in (("eval_strategy", ("epoch",)), ("save_strategy", ("epoch",)), ("report_to", ([], ["comet_ml"]))):
+    for key, allowed in (("eval_strategy", ("epoch",)), ("save_strategy", ("epoch",)), ("report_to", ([], ["comet_ml"])),
+                         ("hub_strategy", ("end",))):  # fmt: skip
         value = getattr(training, key)
         if getattr(value, "value", value) not in allowed:
             known = " and ".join(map(str, allowed))
             raise UserError(f"key '{key}': the hand-written loop knows {known} only. Use run_classification.py.")
-    for key in ("push_to_hub", "deepspeed", "fsdp", "auto_find_batch_size", "neftune_noise_alpha"):
+    for key in ("deepspeed", "fsdp", "auto_find_batch_size", "neftune_noise_alpha"):
         if getattr(training, key):
             raise UserError(f"key '{key}': the hand-written loop does not do that. Use run_classification.py.")
     if parallel == "ddp" and training.world_size == 1:

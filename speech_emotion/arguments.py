@@ -359,6 +359,20 @@ class SpeechTrainingArguments(TrainingArguments):
     comet_workspace: str | None = field(default=None, metadata={"help": "Comet workspace; else COMET_WORKSPACE."})
     comet_project: str | None = field(default=None, metadata={"help": "Comet project; else COMET_PROJECT_NAME."})
     tags: list[str] | None = field(default=None, metadata={"help": "Tags of the run in Comet."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "With push_to_hub: end (the tested model with its card) or every_save (each checkpoint's weights too)."
+        },
+    )
+    card_language: list[str] | None = field(
+        default=None,
+        metadata={"help": "For the model card: the corpus's languages (ISO 639-1), where the loader does not know them."},
+    )
+    card_license: str | None = field(
+        default=None,
+        metadata={"help": "For the model card: the licence of the weights, as the Hub spells it (cc-by-nc-4.0, mit, ...)."},
+    )
 
     def __post_init__(self) -> None:
         optim, lr_scheduler_type = self.optim, self.lr_scheduler_type
@@ -733,6 +747,9 @@ def _check_values(model: ModelArguments, data: DataArguments, training: SpeechTr
         refuse("train_fractions", "takes different shares above 0 and up to 1, as in [0.05, 0.1, 0.25, 1].")
     if training.seeds is not None and len(set(training.seeds)) < len(training.seeds):
         refuse("seeds", "names a seed twice.")
+    strategy = getattr(training.hub_strategy, "value", training.hub_strategy)
+    if training.push_to_hub and strategy not in ("end", "every_save"):
+        refuse("hub_strategy", f"is '{strategy}', and must be end or every_save: checkpoints to resume from stay here.")
     if not 0 < data.train_fraction <= 1:
         refuse("train_fraction", f"is {data.train_fraction}, and must be above 0 and at most 1.")
     if not 0 <= data.augment_speed < 0.5:

@@ -47,6 +47,7 @@ from speech_emotion.html_report import (
 )
 from speech_emotion.metrics import Evaluation, fit_temperature, summarize
 from speech_emotion.modeling import FIXED_WINDOW_TYPES, compile_layers, count_parameters, divide_logits
+from speech_emotion.publishing import Publisher, publish_or_explain
 from speech_emotion.report import (
     REPORT_FILE,
     draw_bars,
@@ -202,6 +203,7 @@ def finish_run(
     layer_scores: LayerScores | None = None,
     temperature: float | None = None,
     others: list[OtherCorpus] | None = None,
+    publisher: Publisher | None = None,
 ) -> dict[str, Any]:
     """Examines the model, writes and shows what a run gave, on the main process; returns all of it as one flat dictionary."""
     split = prepared.split
@@ -246,6 +248,8 @@ def finish_run(
         report = " Open report.html in it." if arguments.training.report else ""
         logger.info(f"\nThe model and all results are in {folder}.{report}")
     tracker.end()
+    if publisher is not None and arguments.training.process_index == 0:
+        publish_or_explain(Path(arguments.training.output_dir), publisher)
     return all_results
 
 

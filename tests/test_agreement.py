@@ -237,7 +237,7 @@ def test_what_the_loop_does_not_know_is_refused(tone_folder, tmp_path):
     for change, message in (
         ({"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps"}, "key 'eval_strategy': the hand-written loop"),
         ({"report_to": "tensorboard"}, "key 'report_to'"),
-        ({"push_to_hub": "true"}, "key 'push_to_hub': the hand-written loop does not do that"),
+        ({"hub_strategy": "every_save"}, "key 'hub_strategy': the hand-written loop"),
         ({"parallel": "ddp"}, "key 'parallel': ddp needs several processes"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

@@ -43,6 +43,22 @@ LOADERS = {
 }
 
 
+FACTS = {
+    "demo": polish.FACTS,
+    "thorsten_emotional": thorsten.FACTS,
+    "emodb": emodb.FACTS,
+    "ravdess": ravdess.FACTS,
+    "crema_d": crema_d.FACTS,
+    "tess": tess.FACTS,
+    "savee": savee.FACTS,
+    "esd": esd.FACTS,
+    "iemocap": iemocap.FACTS,
+    "meld": meld.FACTS,
+    "emov_db": emov_db.FACTS,
+    "msp_podcast": msp_podcast.FACTS,
+}
+
+
 def load_corpus(arguments: Arguments) -> Dataset | DatasetDict:
     """Loads the corpus that the recipe names.
 

@@ -12,8 +12,18 @@ import re
 from datasets import Dataset
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table, existing_folder, find_named_recordings
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table, existing_folder, find_named_recordings
 
+FACTS = CorpusFacts(
+    title="CREMA-D",
+    language=("en",),
+    nature="acted",
+    speakers="91 actors",
+    license="Open Database License",
+    url="https://github.com/CheyneyComputerScience/CREMA-D",
+    citation="H. Cao, D. G. Cooper, M. K. Keutmann, R. C. Gur, A. Nenkova, R. Verma: CREMA-D: Crowd-sourced "
+    "Emotional Multimodal Actors Dataset. IEEE Transactions on Affective Computing 5(4), 2014.",
+)
 EMOTIONS = {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happiness", "NEU": "neutral", "SAD": "sadness"}
 FILE_NAME = re.compile(r"(?P<actor>1\d{3})_(?P<sentence>[A-Z]{3})_(?P<emotion>ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)\.wav")
 NUM_CLIPS = 7442

@@ -10,8 +10,18 @@ import re
 from datasets import Dataset
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table, existing_folder, find_named_recordings
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table, existing_folder, find_named_recordings
 
+FACTS = CorpusFacts(
+    title="EmoDB",
+    language=("de",),
+    nature="acted",
+    speakers="10 actors (5 women, 5 men)",
+    license="free to download; no licence text",
+    url="http://emodb.bilderbar.info/",
+    citation="F. Burkhardt, A. Paeschke, M. Rolfes, W. Sendlmeier, B. Weiss: A database of German emotional "
+    "speech. Interspeech 2005.",
+)
 # Letters of the German words: Wut, Langeweile, Ekel, Angst, Freude, Trauer.
 EMOTIONS = {"W": "anger", "L": "boredom", "E": "disgust", "A": "fear", "F": "happiness", "N": "neutral", "T": "sadness"}
 FILE_NAME = re.compile(r"(?P<speaker>\d{2})(?P<sentence>[ab]\d{2})(?P<emotion>[WLEAFNT])[a-z]\.wav")

@@ -12,8 +12,18 @@ import re
 from datasets import Dataset
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table, existing_folder, find_named_recordings
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table, existing_folder, find_named_recordings
 
+FACTS = CorpusFacts(
+    title="EmoV-DB",
+    language=("en",),
+    nature="acted",
+    speakers="4 speakers (2 women, 2 men)",
+    license="for non-commercial use",
+    url="https://www.openslr.org/115/",
+    citation="A. Adigwe et al.: The emotional voices database: Towards controlling the emotion dimension in voice "
+    "generation systems. arXiv 1806.09514.",
+)
 # The beginning of the style's word, as it stands in folders (Amused, Angry) and files (amused, anger, disgust, sleepiness).
 STYLES = {"amus": "amused", "ang": "angry", "disg": "disgusted", "neut": "neutral", "sleep": "sleepy"}
 FILE_NAME = re.compile(

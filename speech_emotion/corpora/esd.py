@@ -12,9 +12,19 @@ import re
 from datasets import Dataset
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table, existing_folder, find_named_recordings
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table, existing_folder, find_named_recordings
 from speech_emotion.errors import UserError
 
+FACTS = CorpusFacts(
+    title="ESD",
+    language=("en", "zh"),
+    nature="acted",
+    speakers="20 speakers (10 English, 10 Mandarin)",
+    license="for research, after a form",
+    url="https://github.com/HLTSingapore/Emotional-Speech-Data",
+    citation="K. Zhou, B. Sisman, R. Liu, H. Li: Emotional voice conversion: Theory, databases and ESD. Speech "
+    "Communication 137, 2022.",
+)
 EMOTIONS = ["Angry", "Happy", "Neutral", "Sad", "Surprise"]
 FILE_NAME = re.compile(
     rf"(?P<folder>00\d{{2}})/(?P<emotion>{'|'.join(EMOTIONS)})/(?:(?:train|evaluation|test)/)?(?P<speaker>00\d{{2}})_(?P<number>\d{{6}})\.wav"

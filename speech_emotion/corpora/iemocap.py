@@ -17,9 +17,19 @@ import re
 from datasets import Dataset
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table, existing_folder
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table, existing_folder
 from speech_emotion.errors import UserError, list_offenders
 
+FACTS = CorpusFacts(
+    title="IEMOCAP",
+    language=("en",),
+    nature="acted in scripted and improvised dialogues",
+    speakers="10 actors (5 women, 5 men)",
+    license="for research, after a form",
+    url="https://sail.usc.edu/iemocap/",
+    citation="C. Busso et al.: IEMOCAP: interactive emotional dyadic motion capture database. Language Resources "
+    "and Evaluation 42, 2008.",
+)
 CONFIGURATIONS = {
     "4_classes": {"ang": "angry", "hap": "happy", "exc": "happy", "neu": "neutral", "sad": "sad"},
     "6_classes": {"ang": "angry", "hap": "happy", "exc": "excited", "neu": "neutral", "sad": "sad", "fru": "frustrated"},

@@ -20,9 +20,18 @@ from datasets import DatasetDict
 
 from speech_emotion.arguments import DataArguments
 from speech_emotion.audio import AUDIO_SUFFIXES
-from speech_emotion.corpora.table import Clip, build_table, existing_folder
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table, existing_folder
 from speech_emotion.errors import UserError, list_offenders
 
+FACTS = CorpusFacts(
+    title="MELD",
+    language=("en",),
+    nature="acted in a television series, with laughter and music",
+    speakers="the series' cast",
+    license="annotations GPL-3.0; recordings of the broadcaster",
+    url="https://github.com/declare-lab/MELD",
+    citation="S. Poria et al.: MELD: A multimodal multi-party dataset for emotion recognition in conversations. ACL 2019.",
+)
 SPLITS = {
     "train": ("train_sent_emo.csv", "train_splits"),
     "validation": ("dev_sent_emo.csv", "dev_splits_complete"),

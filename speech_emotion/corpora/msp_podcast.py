@@ -14,9 +14,20 @@ import pandas as pd
 from datasets import DatasetDict
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table, existing_folder
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table, existing_folder
 from speech_emotion.errors import UserError, list_offenders
 
+FACTS = CorpusFacts(
+    title="MSP-Podcast",
+    language=("en",),
+    nature="natural, labelled by listeners",
+    speakers="more than a thousand speakers of podcasts",
+    license="for research, after a form",
+    url="https://www.lab-msp.com/MSP/MSP-Podcast.html",
+    citation="R. Lotfian, C. Busso: Building naturalistic emotionally balanced speech corpus by retrieving "
+    "emotional speech from existing podcast recordings. IEEE Transactions on Affective Computing 10(4), "
+    "2019.",
+)
 EMOTIONS = {
     "A": "anger",
     "C": "contempt",

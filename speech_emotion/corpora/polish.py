@@ -11,9 +11,18 @@ from pathlib import Path
 from datasets import Dataset
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table
 from speech_emotion.errors import UserError
 
+FACTS = CorpusFacts(
+    title="Emotions in Polish speech recordings",
+    language=("pl",),
+    nature="acted",
+    speakers="5 male speakers",
+    license="CC BY 4.0",
+    url="https://doi.org/10.34808/h46c-hb44",
+    citation="M. Mięsikowska, D. Świsulski: Emotions in Polish speech recordings. Gdańsk University of Technology, 2020.",
+)
 FOLDER = Path(__file__).parents[2] / "assets" / "polish_emotions"
 EMOTIONS = {"a": "anger", "s": "fear", "n": "neutral"}  # s: strach
 FILE_NAME = re.compile(r"(?P<speaker>m\d)\.(?P<emotion>[asn])_(?P<word>[a-z]+)_(?P<take>\d)\.flac")

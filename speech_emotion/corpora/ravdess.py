@@ -10,9 +10,19 @@ import re
 from datasets import Dataset
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table, existing_folder, find_named_recordings
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table, existing_folder, find_named_recordings
 from speech_emotion.errors import UserError
 
+FACTS = CorpusFacts(
+    title="RAVDESS",
+    language=("en",),
+    nature="acted",
+    speakers="24 actors (12 women, 12 men)",
+    license="CC BY-NC-SA 4.0",
+    url="https://zenodo.org/records/1188976",
+    citation="S. R. Livingstone, F. A. Russo: The Ryerson Audio-Visual Database of Emotional Speech and Song "
+    "(RAVDESS). PLoS ONE 13(5), 2018.",
+)
 EMOTIONS = {
     "01": "neutral", "02": "calm", "03": "happy", "04": "sad", "05": "angry", "06": "fearful", "07": "disgust", "08": "surprised",
 }  # fmt: skip

@@ -11,8 +11,17 @@ import re
 from datasets import Dataset
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table, existing_folder, find_named_recordings
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table, existing_folder, find_named_recordings
 
+FACTS = CorpusFacts(
+    title="SAVEE",
+    language=("en",),
+    nature="acted",
+    speakers="4 men",
+    license="for research, after registration",
+    url="http://kahlan.eps.surrey.ac.uk/savee/",
+    citation="S. Haq, P. J. B. Jackson: Speaker-dependent audio-visual emotion recognition. AVSP 2009.",
+)
 EMOTIONS = {
     "a": "anger", "d": "disgust", "f": "fear", "h": "happiness", "n": "neutral", "sa": "sadness", "su": "surprise",
 }  # fmt: skip

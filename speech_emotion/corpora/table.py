@@ -4,6 +4,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -35,6 +36,29 @@ COLUMNS = Features(
         "duration": Value("float32"),
     }
 )
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What a model card tells of a corpus.
+
+    Attributes:
+        title: its name.
+        language: ISO 639-1 codes.
+        nature: "acted", or how else the emotions came about.
+        speakers: who speaks, in words.
+        license: of the recordings, in words.
+        url: where it is described.
+        citation: of the publication.
+    """
+
+    title: str
+    language: tuple[str, ...]
+    nature: str
+    speakers: str
+    license: str
+    url: str
+    citation: str
 
 
 class Clip(TypedDict):

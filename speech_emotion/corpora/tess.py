@@ -11,8 +11,17 @@ import re
 from datasets import Dataset
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table, existing_folder, find_named_recordings
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table, existing_folder, find_named_recordings
 
+FACTS = CorpusFacts(
+    title="TESS",
+    language=("en",),
+    nature="acted",
+    speakers="2 actresses",
+    license="CC BY-NC-ND 4.0",
+    url="https://doi.org/10.5683/SP2/E8H2MF",
+    citation="M. K. Pichora-Fuller, K. Dupuis: Toronto emotional speech set (TESS). Borealis, 2020.",
+)
 EMOTIONS = {
     "angry": "anger", "disgust": "disgust", "fear": "fear", "happy": "happiness", "neutral": "neutral",
     "ps": "pleasant_surprise", "sad": "sadness",

@@ -20,9 +20,18 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.corpora.table import Clip, build_table
+from speech_emotion.corpora.table import Clip, CorpusFacts, build_table
 from speech_emotion.errors import UserError, list_offenders
 
+FACTS = CorpusFacts(
+    title="Thorsten-Voice emotional (OpenSLR 110)",
+    language=("de",),
+    nature="acted",
+    speakers="1 male speaker",
+    license="CC0",
+    url="https://www.openslr.org/110/",
+    citation="T. Müller, D. Kreutz: Thorsten-Voice dataset emotional. doi 10.5281/zenodo.5525023, 2021.",
+)
 logger = logging.getLogger(__name__)
 
 ARCHIVE_URL = "https://www.openslr.org/resources/110/thorsten-emotional_v02.tgz"
