@@ -175,14 +175,21 @@ def _sleep(seconds: float) -> None:
 
 
 def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+    """Returns the status of the answer that an error stems from, if there was an answer."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "response", None) is not None:
+            return cause.response.status_code
+        cause = cause.__cause__
+    return None
 
 
 def _is_final(error: BaseException) -> bool:
     # A broken connection and most answers of servers may pass; a file that is not there, or a card that is refused, will not.
-    if isinstance(error, HfHubHTTPError | httpx2.HTTPError):
+    if _status(error) is not None or isinstance(error, httpx2.HTTPError):
         return _status(error) in FINAL_STATUSES
-    return not isinstance(error, ConnectionError | TimeoutError | RuntimeError)
+    # JSON that cannot be read is a proxy's page in place of the answer.
+    return not isinstance(error, ConnectionError | TimeoutError | RuntimeError | json.JSONDecodeError)
 
 
 def _explain(error: BaseException, repo_id: str) -> str:
