@@ -43,8 +43,18 @@ def _explain_disk_error(error: BaseException) -> str | None:
     return None
 
 
-def run_as_command(main: Callable[[], object]) -> None:
+TRAINING_INTERRUPTED = (
+    "interrupted. Finished epochs are kept in the output folder: the same command with "
+    "--resume_from_checkpoint last goes on from there."
+)
+
+
+def run_as_command(main: Callable[[], object], interrupted: str = TRAINING_INTERRUPTED) -> None:
     """Runs a script's `main` and turns what a user can put right into a message and an exit code.
+
+    Args:
+        main: of the script.
+        interrupted: what to say after Ctrl-C.
 
     Exits with 2 for a `UserError`, for a full disk and for a folder that cannot be written; 130 for Ctrl-C. Any
     other exception is a defect of ours and keeps its traceback.
@@ -55,11 +65,9 @@ def run_as_command(main: Callable[[], object]) -> None:
     except UserError as error:
         message, exit_code = str(error), USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
-        message = (
-            "interrupted. Finished epochs are kept in the output folder: the same command with "
-            "--resume_from_checkpoint last goes on from there."
-        )
-        exit_code = INTERRUPTED_EXIT_CODE
+        message, exit_code = interrupted, INTERRUPTED_EXIT_CODE
+    except BrokenPipeError:
+        raise
     except Exception as error:
         message, exit_code = _explain_disk_error(error), USER_ERROR_EXIT_CODE
         if message is None:

@@ -10,6 +10,7 @@ than the window of the model (Whisper, AST) or than `max_length_seconds` are cov
 are averaged as in evaluation.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from speech_emotion.modeling import (
 # Of audio with its padding: what a CPU's cache likes (measured), and what fills a GPU and fits a small one.
 SECONDS_PER_BATCH = {"cpu": 40.0, "cuda": 240.0, "mps": 120.0}
 MAX_WINDOWS_PER_BATCH = 64
+TIMELINE_WINDOW_SECONDS = 3.0  # about as long as the clips of most corpora
 # Their convolutions between the layers look past a clip's end, into padding: only clips of one length go together.
 LEAKY_TYPES = ("wav2vec2-conformer", "data2vec-audio")
 CLIPS_PER_SORT = 512  # sorted by length together; so many waveforms are in memory at once
@@ -62,6 +64,28 @@ class Answer:
     probabilities: np.ndarray | None
     label: str | None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What the model says of each window of one recording.
+
+    Attributes:
+        starts: of the windows, in seconds, (num_windows,).
+        ends: of the windows, in seconds, (num_windows,).
+        probabilities: (num_windows, num_labels).
+        label_names: of the classes.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    probabilities: np.ndarray
+    label_names: list[str]
+
+    @property
+    def labels(self) -> list[str]:
+        """Most probable class of each window."""
+        return [self.label_names[i] for i in self.probabilities.argmax(axis=1)]
 
 
 class Classifier:
@@ -135,13 +159,52 @@ class Classifier:
         if rows:
             yield from run()
 
+    def timeline(
+        self, recording: str | Path | dict[str, Any], window_seconds: float | None = None, hop_seconds: float = 1.0
+    ) -> Timeline:
+        """Returns what the model says over time: an answer for each window, the last one reaching to the recording's end.
+
+        Args:
+            recording: as for `classify`.
+            window_seconds: length of a window; by default 3 s, or the window of models that have one. Shorter windows tell
+                more precisely when, and less surely what.
+            hop_seconds: from one window's start to the next.
+
+        Raises:
+            BadAudioError: the recording cannot be used.
+            UserError: a window or hop that cannot be.
+        """
+        rate = self.extraction.sampling_rate
+        own = self.extraction.window_samples
+        window = round(window_seconds * rate) if window_seconds else min(own or math.inf, round(TIMELINE_WINDOW_SECONDS * rate))
+        hop = round(hop_seconds * rate)
+        if own is not None and window > own:
+            raise UserError(f"window: {window / rate:g} s is longer than the model's {own / rate:g} s. Take that or less.")
+        if window < self.extraction.min_samples or hop < 1:
+            least = self.extraction.min_samples / rate
+            raise UserError(f"window and hop: must be at least {least:g} s and above 0 s.")
+        audio = recording if isinstance(recording, dict) else {"path": str(recording)}
+        waveform = self._read({"path": None, "bytes": None, "array": None} | audio)
+        last = max(0, len(waveform) - window)
+        starts = sorted({*range(0, last + 1, hop), last})
+        logits = []
+        per_batch = max(1, min(MAX_WINDOWS_PER_BATCH, int(self._seconds_per_batch() * rate / window)))
+        for first in range(0, len(starts), per_batch):
+            features = [self.extraction(waveform[start : start + window]) for start in starts[first : first + per_batch]]
+            logits.append(self.compute_logits(features))
+        ends = [min(start + window, len(waveform)) / rate for start in starts]
+        return Timeline(np.array(starts) / rate, np.array(ends), softmax(np.concatenate(logits)), self.label_names)
+
+    def _seconds_per_batch(self) -> float:
+        return SECONDS_PER_BATCH.get(self.device.type, SECONDS_PER_BATCH["cpu"])
+
     def _is_full(self, rows: list[tuple[int, np.ndarray]], features: np.ndarray) -> bool:
         if self.model.config.model_type in LEAKY_TYPES and len(rows[0][1]) != len(features):
             return True
         # Spectrograms are those of a fixed window, or (wav2vec2-bert) have a frame for each 20 ms.
         samples = max(len(rows[0][1]), len(features)) * (1 if features.ndim == 1 else KALDI_HOP_SAMPLES * 2)
         samples = self.extraction.window_samples or samples
-        limit = SECONDS_PER_BATCH.get(self.device.type, SECONDS_PER_BATCH["cpu"]) * self.extraction.sampling_rate
+        limit = self._seconds_per_batch() * self.extraction.sampling_rate
         return len(rows) >= MAX_WINDOWS_PER_BATCH or (len(rows) + 1) * samples > limit
 
     def _count_samples(self, audio: dict[str, Any], rate: int) -> int:
@@ -151,17 +214,19 @@ class Classifier:
 
     def _decode(self, audio: dict[str, Any]) -> list[np.ndarray] | str:
         """Returns the features of each of the clip's windows, or why there are none."""
-        rate = self.extraction.sampling_rate
         try:
-            if audio["array"] is None:
-                waveform = decode(audio, rate)
-            elif len(audio["array"]) == 0:
-                raise BadAudioError("holds 0 samples")
-            else:
-                waveform = resample(np.asarray(audio["array"], dtype=np.float32), audio["sampling_rate"], rate)
+            waveform = self._read(audio)
         except BadAudioError as error:
             return str(error)
         return [self.extraction(window) for window in self.extraction.windows(waveform)]
+
+    def _read(self, audio: dict[str, Any]) -> np.ndarray:
+        rate = self.extraction.sampling_rate
+        if audio["array"] is None:
+            return decode(audio, rate)
+        if len(audio["array"]) == 0:
+            raise BadAudioError("holds 0 samples")
+        return resample(np.asarray(audio["array"], dtype=np.float32), audio["sampling_rate"], rate)
 
     @torch.inference_mode()
     def compute_logits(self, features: list[np.ndarray]) -> np.ndarray:
