@@ -26,6 +26,7 @@ from speech_emotion.cross_corpus import load_others
 from speech_emotion.errors import run_as_command
 from speech_emotion.features import build_extraction, prepare_splits
 from speech_emotion.frozen import cache_frozen
+from speech_emotion.lora import add_adapters, merge_adapters
 from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, may_skip_parameters, wants_attention_mask
 from speech_emotion.optimization import build_loss
@@ -75,6 +76,7 @@ def train(arguments):
 
     # The model, and from it what a clip has to become.
     model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, training.seed)
+    add_adapters(model, arguments.model)
     extraction = build_extraction(model, feature_extractor, window_seconds)
     augmentation = build_augmentation(data)
     overwrite = data.overwrite_cache and training.local_process_index == 0
@@ -128,6 +130,7 @@ def train(arguments):
     # The best model by validation is in place now. The test split is touched here, once.
     validation = evaluate_split(trainer, prepared.validation, label_names, "eval")
     temperature = calibrate(model, validation, training)
+    merge_adapters(model, arguments.model, output_dir, trainer.is_world_process_zero())
     trainer.save_model()
     test = evaluate_split(trainer, prepared.test, label_names, "test")
     return finish_run(

@@ -40,8 +40,9 @@ from speech_emotion.cross_corpus import load_others
 from speech_emotion.errors import UserError, run_as_command
 from speech_emotion.features import build_extraction, plan_splits, prepare_splits
 from speech_emotion.frozen import cache_frozen
+from speech_emotion.lora import add_adapters, merge_adapters
 from speech_emotion.metrics import compute_results, evaluate_logits
-from speech_emotion.modeling import build_model, load_weights, may_skip_parameters, wants_attention_mask
+from speech_emotion.modeling import build_model, load_weights, may_skip_parameters, save_checkpoint_model, wants_attention_mask
 from speech_emotion.optimization import build_loss, build_optimizer, build_scheduler
 from speech_emotion.protocols import run_protocol
 from speech_emotion.publishing import open_hub
@@ -88,6 +89,7 @@ def train(arguments):
     label_names = split.clips.features["label"].names
     others = load_others(arguments, label_names)
     model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, args.seed)
+    add_adapters(model, arguments.model)
     extraction = build_extraction(model, feature_extractor, window_seconds)
     augmentation = build_augmentation(data)
 
@@ -246,6 +248,7 @@ def train(arguments):
         load_weights(model, state["best_model_checkpoint"])
     validation = evaluate("validation")[0]
     temperature = calibrate(model, validation, args)
+    merge_adapters(model, arguments.model, output_dir, args.process_index == 0)
     if args.process_index == 0:
         model.save_pretrained(output_dir)
         feature_extractor.save_pretrained(output_dir)
@@ -300,7 +303,7 @@ def save_checkpoint(folder, state, model, feature_extractor, optimizer, schedule
     if training.world_size > 1:
         dist.barrier()
     if training.process_index == 0:
-        model.save_pretrained(folder)
+        save_checkpoint_model(model, folder)
         feature_extractor.save_pretrained(folder)
         progress = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         torch.save({name: part.state_dict() for name, part in progress.items()}, folder / "progress.pt")

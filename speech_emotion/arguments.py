@@ -92,6 +92,15 @@ class ModelArguments:
             "By default wherever nothing random (augmentation, crops) comes before it; true insists, false never does."
         },
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Low-rank adapters of this rank (4 to 16) in each layer are trained instead of the pretrained weights, and "
+            "the head: little memory, small checkpoints. Both the adapter and the merged model are saved."
+        },
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapters; by default twice the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "'eager' or 'sdpa'; by default the fastest that the architecture has."}
     )
@@ -702,6 +711,16 @@ def _check_values(model: ModelArguments, data: DataArguments, training: SpeechTr
         refuse("layer", "'best' compares the cached outputs of a frozen backbone: it needs freeze 'backbone' and cache_frozen.")
     if model.cache_frozen and model.freeze == "none":
         refuse("cache_frozen", "has nothing to cache, since nothing is frozen: set freeze, or leave it out.")
+    if model.lora_rank is not None and model.lora_rank < 1:
+        refuse("lora_rank", f"is {model.lora_rank}, and must be at least 1.")
+    if model.lora_rank is not None and model.freeze == "backbone":
+        refuse("lora_rank", "adapts the layers that freeze 'backbone' keeps as they are: take freeze 'feature_encoder' or none.")
+    if model.lora_rank is None and (model.lora_alpha is not None or model.lora_dropout):
+        refuse("lora_rank", "is missing: lora_alpha and lora_dropout say how its adapters are, and it whether there are any.")
+    if model.lora_alpha is not None and model.lora_alpha < 1:
+        refuse("lora_alpha", f"is {model.lora_alpha}, and must be at least 1.")
+    if not 0 <= model.lora_dropout < 1:
+        refuse("lora_dropout", f"is {model.lora_dropout}, and must be at least 0 and below 1.")
     for key in ("validation_fraction", "test_fraction"):
         if not 0 < getattr(data, key) < 1:
             refuse(key, f"is {getattr(data, key)}, and must lie between 0 and 1.")

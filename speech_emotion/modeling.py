@@ -3,10 +3,12 @@
 import json
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,6 +31,8 @@ WHISPER, AST, WAV2VEC2_BERT = "whisper", "audio-spectrogram-transformer", "wav2v
 FIXED_WINDOW_TYPES = (WHISPER, AST)
 
 # Parameters of the classification heads, whatever the architecture; all others belong to the backbone.
+WEIGHTS_FILE = "model.safetensors"
+ADAPTER_NAME = "default"
 HEAD_PREFIXES = ("projector.", "classifier.", "layer_weights")
 # Learnt only where SpecAugment is on, and absent from many checkpoints.
 OPTIONAL_WEIGHTS = ("masked_spec_embed",)
@@ -161,9 +165,28 @@ def load_model(model: ModelArguments, config: PretrainedConfig) -> PreTrainedMod
     return loaded
 
 
-def load_weights(model: PreTrainedModel, folder: str) -> None:
-    """Loads into a model, in place, the weights that its `save_pretrained` left in a folder."""
-    model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether the model has low-rank adapters that are not merged into its weights."""
+    return any(f".lora_A.{ADAPTER_NAME}." in name for name, _ in model.named_parameters())
+
+
+def save_checkpoint_model(model: PreTrainedModel, folder: str | Path) -> None:
+    """Saves a model so that `load_weights` finds all of it, adapters included."""
+    if not has_adapters(model):
+        model.save_pretrained(folder)
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    # By the names that they have here: from_pretrained would know neither adapters nor what they are wrapped around.
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, Path(folder) / WEIGHTS_FILE)
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Loads into a model, in place, the weights that `save_checkpoint_model` left in a folder."""
+    if has_adapters(model):
+        model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
+    else:
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
 def load_trained(name: str) -> PreTrainedModel:

@@ -8,10 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from speech_emotion.batching import LengthBucketSampler
-from speech_emotion.modeling import load_weights
+from speech_emotion.modeling import WEIGHTS_FILE, has_adapters, load_weights, save_checkpoint_model
 from speech_emotion.optimization import OPTIMIZERS, build_optimizer, build_scheduler
-
-WEIGHTS_FILE = "model.safetensors"
 
 
 class TrainerParts:
@@ -51,6 +49,11 @@ class TrainerParts:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_whole(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if has_adapters(self.model):
+            save_checkpoint_model(self.model, output_dir or self.args.output_dir)
 
     def _load_whole(self, folder: str) -> bool:
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
