@@ -218,7 +218,8 @@ def describe_training(recipe: dict[str, Any], train: dict[str, Any], run: dict[s
     batch = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * run["num_processes"]
     rows = [
         ("architecture", config["model_type"]),
-        ("trained", TRAINED_PARTS[recipe["freeze"]]),
+        ("trained", f"adapters of rank {recipe['lora_rank']} (LoRA), and the head" if recipe.get("lora_rank")
+         else TRAINED_PARTS[recipe["freeze"]]),
         ("epochs", f"{train.get('epoch', recipe['num_train_epochs']):g}"),
         ("optimizer", f"{recipe['optim']}, learning rate {recipe['learning_rate']:g}, {recipe['lr_scheduler_type']}"),
         ("clips a step", str(batch)),

@@ -22,6 +22,7 @@ from speech_emotion.arguments import (
     RECIPE_FILE,
     RUN_FILE,
     Arguments,
+    ModelArguments,
     SpeechTrainingArguments,
     describe_environment,
     resolve_recipe,
@@ -290,6 +291,13 @@ def describe_model(arguments: Arguments) -> str:
     return strip_local_paths({"name": name})["name"]
 
 
+def describe_trained(model: ModelArguments) -> str:
+    """Returns which weights are trained, in words."""
+    if model.lora_rank is not None:
+        return f"adapters of rank {model.lora_rank}, and the head"
+    return {"none": "all weights", "feature_encoder": "all but the convolutions", "backbone": "the head"}[model.freeze]
+
+
 def write_report(
     arguments: Arguments,
     split: Split,
@@ -327,8 +335,7 @@ def write_report(
         "groups": describe_groups(findings.groups),
         "training_rows": [
             ("Model", describe_model(arguments)),
-            ("Trained", {"none": "all weights", "feature_encoder": "all but the convolutions", "backbone": "the head"}[
-                arguments.model.freeze]),
+            ("Trained", describe_trained(arguments.model)),
             ("Epochs", f"{results['epoch']:g} of {training.num_train_epochs:g}"),
             ("Time", f"{results['train_runtime']:.0f} s on {training.world_size} x {environment['device']}"),
             ("Optimizer", f"{training.optim}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}"),
