@@ -49,7 +49,7 @@ def build_page(classifier, title, examples, max_seconds):
         gr.Markdown(f"# {title}\n{', '.join(classifier.label_names)}. Record a clip, or drop one; at most {max_seconds:g} s.")
         with gr.Row():
             with gr.Column():
-                audio = gr.Audio(sources=["upload", "microphone"], type="filepath", label="Clip", elem_id="clip")
+                audio = gr.Audio(sources=["upload", "microphone"], type="filepath", label="Clip", elem_id="clip", buttons=[])
                 button = gr.Button("Which emotion is it?", variant="primary", elem_id="ask")
             label = gr.Label(label="Emotion", elem_id="label")
         plot = gr.Plot(label="Over time", elem_id="timeline")
@@ -59,6 +59,13 @@ def build_page(classifier, title, examples, max_seconds):
         button.click(answer, audio, [label, plot])
         audio.change(lambda: (None, None), None, [label, plot], show_progress="hidden")
     return page
+
+
+def build_theme():
+    """Returns gradio's look with the fonts that this machine has."""
+    import gradio as gr
+
+    return gr.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace"))
 
 
 def show(classifier, path, max_seconds):
@@ -141,13 +148,10 @@ def main(argv=None):
     # Whatever is uploaded lies in a folder of this process's own, which goes when it ends.
     with tempfile.TemporaryDirectory(prefix="speech_emotion_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        import gradio as gr
-
         page = build_page(classifier, title, find_examples(arguments.examples), arguments.max_seconds)
-        theme = gr.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace"))
         host = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0") if os.environ.get("SPACE_ID") else arguments.host
         page.launch(
-            server_name=host, server_port=arguments.port, max_file_size=f"{arguments.max_megabytes}mb", theme=theme,
+            server_name=host, server_port=arguments.port, max_file_size=f"{arguments.max_megabytes}mb", theme=build_theme(),
             allowed_paths=[str(ROOT / "assets")], show_error=True,
         )  # fmt: skip
 

@@ -667,9 +667,13 @@ def _check_keys(keys: dict[str, Any], names: set[str], source: str | None) -> No
             )
         if key in names or (key.startswith("no_") and key[3:] in names):
             continue
-        near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.5)
-        hint = f"Did you mean '{near[0]}'?" if near else "See --help for those that there are."
-        raise UserError(f"{source}, key '{key}': there is no such key. {hint}")
+        raise UserError(f"{source}, key '{key}': there is no such key. {suggest_key(key, names)}")
+
+
+def suggest_key(key: str, names: set[str]) -> str:
+    """Returns which key was probably meant, as a question, or where to look."""
+    near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.5)
+    return f"Did you mean '{near[0]}'?" if near else "See --help for those that there are."
 
 
 def _tokens(key: str, value: Any, path: str) -> list[str]:

@@ -269,8 +269,8 @@ def load_classifier(
         UserError: no such model, or one without an audio-classification head.
     """
     arguments = ModelArguments(model_name_or_path=str(model))
-    feature_extractor = load_feature_extractor(arguments)
     loaded = load_trained(str(model))
+    feature_extractor = load_feature_extractor(arguments)
     window_seconds = find_window_seconds(loaded, feature_extractor)
     if loaded.config.model_type in FIXED_WINDOW_TYPES and max_length_seconds is not None:
         raise UserError(f"max_length_seconds: the window of {model} is {window_seconds:g} s, and was set when it was trained.")

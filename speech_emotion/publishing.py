@@ -69,6 +69,9 @@ def collect_files(folder: Path, repo_id: str, with_report: bool = False) -> dict
     files[RECIPE_FILE] = _dump(strip_local_paths(recipe))
     files[RUN_FILE] = _dump({key: run.get(key) for key in SENT_RUN_KEYS})
     files["config.json"] = _dump({key: value for key, value in config.items() if key != "_name_or_path"})
+    adapter = folder / "adapter" / "adapter_config.json"
+    if adapter.is_file():
+        files["adapter/adapter_config.json"] = _dump(strip_local_paths(json.loads(adapter.read_text(encoding="utf-8"))))
     check_public(files, folder)
     return files
 
