@@ -16,8 +16,9 @@ from pathlib import Path
 
 from speech_emotion.startup import hide
 
-for package in ("comet_ml", "peft"):
-    hide(package)
+if __name__ == "__main__":  # whoever imports this may need them
+    for package in ("comet_ml", "peft"):
+        hide(package)
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 ROOT = Path(__file__).parent

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from speech_emotion.startup import hide
 
-for package in ("comet_ml", "peft"):
-    hide(package)
+if __name__ == "__main__":  # whoever imports this may need them
+    for package in ("comet_ml", "peft"):
+        hide(package)
 
 SOME_UNREADABLE_EXIT_CODE = 1
 SUFFIXES = (".csv", ".jsonl")

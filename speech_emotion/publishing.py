@@ -203,6 +203,8 @@ def _explain(error: BaseException, repo_id: str) -> str:
         return f"you may not write to {repo_id} (403). Take a token with write access, or another --repo_id."
     if status == 409:
         return "somebody else changed the repository at the same time (409)."
+    if status in (400, 422):
+        return f"it refused what was sent ({status}): {' '.join(str(error).split())}"
     if status is not None:
         return f"it answered {status}."
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

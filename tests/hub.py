@@ -70,6 +70,12 @@ def check_card(content):
     return errors
 
 
+def check_space(content):
+    """Returns what the Hub would refuse in the metadata of a Space."""
+    data = yaml.safe_load(re.match(r"^---\n(.*?)\n---\n", content, re.S)[1])
+    return [f'"{key}" is missing' for key in ("title", "sdk", "sdk_version", "app_file") if not data.get(key)]
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub = None
     protocol_version = "HTTP/1.1"
@@ -139,7 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
             if self._may_write():
                 self._answer({"name": "user", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
         elif path == "/api/validate-yaml":
-            errors = check_card(json.loads(body)["content"])
+            wanted = json.loads(body)
+            errors = (check_space if wanted["repoType"] == "space" else check_card)(wanted["content"])
             self._answer({"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200)
         elif path == "/api/repos/create":
             if self._may_write():

@@ -178,7 +178,11 @@ def test_a_push_that_breaks_off_changes_nothing_and_the_next_sends_the_rest(meth
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(401, "Log in with `hf auth login`, or set HF_TOKEN"), (403, "you may not write to user/name"), (400, "it answered 400")],
+    [
+        (401, "Log in with `hf auth login`, or set HF_TOKEN"),
+        (403, "you may not write to user/name"),
+        (400, "it refused what was sent (400)"),
+    ],
 )
 def test_a_refusal_is_said_at_once(status, message, finished, hub):
     hub.faults = [["POST", "/preupload/", status, 10_000]]
