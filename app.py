@@ -10,6 +10,7 @@ As a Hugging Face Space (python -m speech_emotion.publishing space ...) it shows
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -146,7 +147,8 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     classifier = load_classifier(arguments.model, arguments.device)
     title = f"Emotion in speech: {Path(arguments.model).name}"
-    # Whatever is uploaded lies in a folder of this process's own, which goes when it ends.
+    # Whatever is uploaded lies in a folder of this process's own, which goes when it ends, also by a service manager's signal.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="speech_emotion_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(classifier, title, find_examples(arguments.examples), arguments.max_seconds)
