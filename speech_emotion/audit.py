@@ -15,15 +15,7 @@ from datasets import Dataset
 
 from speech_emotion.audio import BadAudioError, decode
 from speech_emotion.inference import Classifier
-from speech_emotion.metrics import (
-    Evaluation,
-    choose_clusters,
-    compute_confusion_matrix,
-    compute_interval,
-    compute_uar,
-    draw_weights,
-    resample_matrices,
-)
+from speech_emotion.metrics import Evaluation, choose_clusters, score_uar
 from speech_emotion.splits import Split
 
 logger = logging.getLogger(__name__)
@@ -145,17 +137,11 @@ def audit_shortcuts(split: Split, test: Evaluation, classifier: Classifier, seed
     tested = _Measured.of(clips, test.clips, labels, rate)
     tested_at = {row: i for i, row in enumerate(test.clips)}
     clusters = choose_clusters(clips.select(test.clips))[1]
-    num_labels = len(test.label_names)
     chance = 1 / len(set(test.references))
 
     def score(predictions: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
         places = np.array([tested_at[row] for row in rows])
-        references = test.references[places]
-        matrix = compute_confusion_matrix(predictions, references, num_labels)
-        own = np.unique(clusters[places], return_inverse=True)[1]
-        weights = draw_weights(int(own.max()) + 1)
-        draws = compute_uar(resample_matrices(weights, own, references, predictions, num_labels))
-        return {"uar": float(compute_uar(matrix)), "uar_ci95": list(compute_interval(draws)), "num_clips": len(rows)}
+        return score_uar(test.references[places], predictions, clusters[places], len(test.label_names))
 
     model = score(test.predictions, test.clips)
     shortcuts = []

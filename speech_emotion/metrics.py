@@ -299,6 +299,15 @@ def compute_interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def score_uar(references: np.ndarray, predictions: np.ndarray, clusters: np.ndarray, num_labels: int) -> dict[str, Any]:
+    """Returns `uar`, its interval `uar_ci95` and `num_clips`; all arrays are (num_clips,), clusters any numbers."""
+    clusters = np.unique(clusters, return_inverse=True)[1]
+    weights = draw_weights(int(clusters.max()) + 1)
+    draws = compute_uar(resample_matrices(weights, clusters, references, predictions, num_labels))
+    uar = float(compute_uar(compute_confusion_matrix(predictions, references, num_labels)))
+    return {"uar": uar, "uar_ci95": list(compute_interval(draws)), "num_clips": len(references)}
+
+
 def summarize(evaluation: Evaluation, clips: Dataset, prefix: str) -> dict[str, Any]:
     """Returns all results of a split as one flat dictionary.
 

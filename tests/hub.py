@@ -25,7 +25,8 @@ class Hub:
         repos: {"models/user/name": {branch: [commit, ...]}}; a commit is {path: bytes}, the last one is what stands.
         blobs: large files that have arrived, by sha256; those of no commit are seen by nobody.
         faults: [method, pattern of the path, fault, how many times]; a fault is a status, "reset" (the connection breaks),
-            "half" (it breaks in the middle of the answer) or "lost" (the request is done, its answer breaks).
+            "half" (it breaks in the middle of the answer), "lost" (the request is done, its answer breaks) or "slow" (the answer
+            comes byte by byte).
         requests: "METHOD path" of all that was asked.
     """
 
@@ -78,6 +79,7 @@ def check_space(content):
 
 class _Handler(BaseHTTPRequestHandler):
     hub = None
+    is_slow = False
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -89,8 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        for piece in [body[i : i + 1] for i in range(len(body))] if self.is_slow else [body]:
+            self.wfile.write(piece)
+            self.wfile.flush()
 
     def _break(self):
         self.close_connection = True
@@ -111,6 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(f"{self.command} {path}")
             self.hub.bodies.append(body)
             fault = self._take_fault(path)
+        self.is_slow = fault == "slow"
         if fault == "reset":
             self._break()
         elif isinstance(fault, int):

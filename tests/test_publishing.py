@@ -143,6 +143,8 @@ FAULTS = {
     "the commit breaks": ["POST", "/commit/", "reset", 2],
     "somebody else commits": ["POST", "/commit/", 409, 1],
     "the commit's answer is lost": ["POST", "/commit/", "lost", 1],
+    "the commit is slow": ["POST", "/commit/", "slow", 1],
+    "the list of files is slow": ["POST", "/preupload/", "slow", 1],
     "too many requests": ["POST", "/commit/", 429, 1],
 }
 
@@ -260,6 +262,15 @@ def test_pipeline_loads_from_the_hub_what_was_trained(finished, tone_folder, tmp
         done = subprocess.run([sys.executable, "-c", LOAD, *paths], cwd=tmp_path, env=environment, capture_output=True, text=True,
                               timeout=240)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
+        # predict.py and a Space's app.py take the same name.
+        own = subprocess.run([sys.executable, str(ROOT / "predict.py"), "user/name", *paths, "--output", str(tmp_path / "r.csv")],
+                             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)  # fmt: skip
+        assert own.returncode == 0, own.stderr[-3000:]
+        write_space("user/name", tmp_path / "space")
+        command = [sys.executable, "-c", "import app; print(app.MODEL_FILE.read_text(), len(app.find_examples(None)))"]
+        space = subprocess.run(command, cwd=tmp_path / "space", env=environment, capture_output=True, text=True, timeout=240)
+        assert space.stdout.split() == ["user/name", "0"], space.stderr[-3000:]
+    assert list(pd.read_csv(tmp_path / "r.csv")["label"]) == list(predictions["prediction"])
     answers = json.loads(done.stdout.splitlines()[-1])
     np.testing.assert_allclose([answer["high"] for answer in answers], predictions["probability_high"], atol=1e-4)
     assert any("/user/name/resolve/" in request for request in hub.requests)
