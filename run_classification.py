@@ -30,22 +30,11 @@ from speech_emotion.lora import add_adapters, merge_adapters
 from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, may_skip_parameters, wants_attention_mask
 from speech_emotion.optimization import build_loss
+from speech_emotion.outcome import calibrate, finish_run
 from speech_emotion.protocols import run_protocol
-from speech_emotion.publishing import PublishCheckpoints, open_hub
-from speech_emotion.session import (
-    ProgressSentences,
-    calibrate,
-    describe_run,
-    find_checkpoint,
-    finish_run,
-    open_output_dir,
-    prepare_for_speed,
-    set_up_logging,
-    use_all_cores,
-    write_recipe,
-)
+from speech_emotion.publishing import PublishCheckpoints
+from speech_emotion.session import ProgressSentences, describe_run, open_session, prepare_for_speed
 from speech_emotion.splits import SPLITS_FILE, split_corpus, write_splits
-from speech_emotion.tracking import Tracker
 from speech_emotion.trainer_parts import TrainerParts
 
 logger = logging.getLogger("run_classification")
@@ -59,13 +48,7 @@ def main(argv=None):
 def train(arguments):
     # What is asked for; everything that can be wrong with it is said now.
     data, training = arguments.data, arguments.training
-    set_up_logging(arguments)
-    use_all_cores(arguments)
-    output_dir = open_output_dir(arguments)
-    checkpoint = find_checkpoint(arguments)
-    recipe = write_recipe(arguments, output_dir)
-    tracker = Tracker(training)
-    publisher = open_hub(training)
+    session = open_session(arguments)
 
     # Clips, and who of them is heard in training. One process downloads and prepares, the others wait for it.
     with training.main_process_first(desc="loading the corpus"):
@@ -115,28 +98,26 @@ def train(arguments):
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    for callback in (ProgressSentences(), *tracker.callbacks):
+    for callback in (ProgressSentences(), *session.tracker.callbacks):
         trainer.add_callback(callback)
-    if publisher is not None and training.hub_strategy == "every_save":
-        trainer.add_callback(PublishCheckpoints(publisher))
+    if session.publisher is not None and training.hub_strategy == "every_save":
+        trainer.add_callback(PublishCheckpoints(session.publisher))
     if training.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     if trainer.is_world_process_zero():
-        write_splits(prepared.split, output_dir / SPLITS_FILE)
-        tracker.log_setup(recipe, prepared.split)
+        write_splits(prepared.split, session.output_dir / SPLITS_FILE)
+        session.tracker.log_setup(session.recipe, prepared.split)
     logger.info(describe_run(arguments, prepared, model, padding_share(sampler, training.train_batch_size)))
-    train_results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    train_results = trainer.train(resume_from_checkpoint=session.checkpoint).metrics
 
     # The best model by validation is in place now. The test split is touched here, once.
     validation = evaluate_split(trainer, prepared.validation, label_names, "eval")
     temperature = calibrate(model, validation, training)
-    merge_adapters(model, arguments.model, output_dir, trainer.is_world_process_zero())
+    merge_adapters(model, arguments.model, session.output_dir, trainer.is_world_process_zero())
     trainer.save_model()
     test = evaluate_split(trainer, prepared.test, label_names, "test")
-    return finish_run(
-        arguments, prepared, extraction, train_results, validation, test, trainer.state.log_history, tracker,
-        layer_scores, temperature, others, publisher,
-    )  # fmt: skip
+    history = trainer.state.log_history
+    return finish_run(session, prepared, extraction, train_results, validation, test, history, layer_scores, temperature, others)
 
 
 class EmotionTrainer(TrainerParts, Trainer):

@@ -44,23 +44,11 @@ from speech_emotion.lora import add_adapters, merge_adapters
 from speech_emotion.metrics import compute_results, evaluate_logits
 from speech_emotion.modeling import build_model, load_weights, may_skip_parameters, save_checkpoint_model, wants_attention_mask
 from speech_emotion.optimization import build_loss, build_optimizer, build_scheduler
+from speech_emotion.outcome import calibrate, finish_run
 from speech_emotion.protocols import run_protocol
-from speech_emotion.publishing import open_hub
 from speech_emotion.report import write_json
-from speech_emotion.session import (
-    CHECKPOINT_STATE,
-    calibrate,
-    describe_run,
-    find_checkpoint,
-    finish_run,
-    open_output_dir,
-    prepare_for_speed,
-    set_up_logging,
-    use_all_cores,
-    write_recipe,
-)
+from speech_emotion.session import CHECKPOINT_STATE, describe_run, open_session, prepare_for_speed
 from speech_emotion.splits import SPLITS_FILE, split_corpus, write_splits
-from speech_emotion.tracking import Tracker
 
 logger = logging.getLogger("run_classification_no_trainer")
 
@@ -73,14 +61,9 @@ def main(argv=None):
 def train(arguments):
     # What is asked for.
     data, args = arguments.data, arguments.training
-    set_up_logging(arguments)
-    use_all_cores(arguments)
     check_supported(arguments)
-    output_dir = open_output_dir(arguments)
-    checkpoint = find_checkpoint(arguments)
-    recipe = write_recipe(arguments, output_dir)
-    tracker = Tracker(args)
-    publisher = open_hub(args)
+    session = open_session(arguments)
+    output_dir, tracker = session.output_dir, session.tracker
 
     # Clips, splits, model and features: the same road as with Trainer.
     with args.main_process_first(desc="loading the corpus"):
@@ -168,11 +151,11 @@ def train(arguments):
     state = {"global_step": 0, "epoch": 0, "best_metric": None, "best_model_checkpoint": None, "bad_epochs": 0,
              "log_history": []}  # fmt: skip
     set_seed(args.seed)
-    if checkpoint:
-        state = load_checkpoint(checkpoint, model, optimizer, scheduler, scaler, args)
+    if session.checkpoint:
+        state = load_checkpoint(session.checkpoint, model, optimizer, scheduler, scaler, args)
     if args.process_index == 0:
         write_splits(prepared.split, output_dir / SPLITS_FILE)
-        tracker.log_setup(recipe, prepared.split)
+        tracker.log_setup(session.recipe, prepared.split)
     logger.info(describe_run(arguments, prepared, model, padding_share(sampler, args.per_device_train_batch_size)))
     bar = tqdm(total=num_steps, initial=state["global_step"], desc="Training", unit="step", disable=args.process_index != 0)
     start_time, first_step = time.perf_counter(), state["global_step"]
@@ -254,9 +237,8 @@ def train(arguments):
         feature_extractor.save_pretrained(output_dir)
     test = evaluate("test")[0]
     return finish_run(
-        arguments, prepared, extraction, train_results, validation, test, state["log_history"], tracker,
-        layer_scores, temperature, others, publisher,
-    )  # fmt: skip
+        session, prepared, extraction, train_results, validation, test, state["log_history"], layer_scores, temperature, others
+    )
 
 
 def check_supported(arguments):

@@ -37,8 +37,9 @@ from speech_emotion.corpora.table import GROUP_COLUMNS
 from speech_emotion.errors import UserError
 from speech_emotion.html_report import build_chart, describe_groups, describe_results, dump, render
 from speech_emotion.metrics import SCORES, Evaluation, summarize
+from speech_emotion.outcome import describe_model
 from speech_emotion.report import REPORT_FILE, TITLES, draw_lines, draw_results, format_results, write_json, write_text
-from speech_emotion.session import HARMLESS_KEYS, describe_model, set_up_logging
+from speech_emotion.session import HARMLESS_KEYS, set_up_logging
 from speech_emotion.splits import NUM_DRAWS, choose_split_by
 
 logger = logging.getLogger(__name__)

@@ -1,18 +1,17 @@
 """The frame of a run: quiet libraries, all cores, an output folder that loses nothing, and where to resume."""
 
-import dataclasses
 import json
 import logging
 import os
 import shutil
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pandas as pd
 import torch
 import transformers
 from tqdm.auto import tqdm
@@ -22,46 +21,19 @@ from speech_emotion.arguments import (
     RECIPE_FILE,
     RUN_FILE,
     Arguments,
-    ModelArguments,
     SpeechTrainingArguments,
     describe_environment,
     resolve_recipe,
-    strip_local_paths,
 )
-from speech_emotion.augmentation import build_augmentation
 from speech_emotion.corpora.table import SPLITS
-from speech_emotion.cross_corpus import OtherCorpus
 from speech_emotion.dropout import use_cpu_dropout
 from speech_emotion.errors import UserError
-from speech_emotion.examination import Findings, examine
-from speech_emotion.features import Extraction, PreparedSplits
-from speech_emotion.frozen import LayerScores
-from speech_emotion.html_report import (
-    describe_groups,
-    describe_history,
-    describe_layers,
-    describe_results,
-    describe_split,
-    describe_worst_clips,
-    dump,
-    render,
-)
-from speech_emotion.metrics import Evaluation, fit_temperature, summarize
-from speech_emotion.modeling import FIXED_WINDOW_TYPES, compile_layers, count_parameters, divide_logits
-from speech_emotion.publishing import Publisher, publish_or_explain
+from speech_emotion.features import PreparedSplits
+from speech_emotion.modeling import FIXED_WINDOW_TYPES, compile_layers, count_parameters
+from speech_emotion.publishing import Publisher, open_hub
 from speech_emotion.report import (
-    REPORT_FILE,
-    draw_bars,
-    draw_history,
-    draw_layers,
-    draw_results,
-    format_results,
-    write_history,
     write_json,
-    write_predictions,
-    write_text,
 )
-from speech_emotion.splits import Split
 from speech_emotion.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -72,6 +44,41 @@ HARMLESS_KEYS = {"output_dir", "report_to", "run_name", "tags", "comet_workspace
                  "preprocessing_num_workers", "overwrite_cache", "logging_steps", "save_total_limit",
                  "dataloader_num_workers", "audit", "robustness", "report", "report_audio", "test_on",
                  "label_map", "push_to_hub", "hub_model_id", "hub_private_repo"}  # fmt: skip
+
+
+@dataclass
+class Session:
+    """A run that has begun: what it was asked, where it writes, where it resumes, and who is told of it.
+
+    Attributes:
+        arguments: of the run.
+        output_dir: that may be written to.
+        checkpoint: to resume from, or None.
+        recipe: the resolved one.
+        tracker: of the run.
+        publisher: of the model, if the recipe publishes.
+    """
+
+    arguments: Arguments
+    output_dir: Path
+    checkpoint: str | None
+    recipe: dict[str, Any]
+    tracker: Tracker
+    publisher: Publisher | None
+
+
+def open_session(arguments: Arguments) -> Session:
+    """Begins a run: whatever of folder, checkpoint, trackers and Hub can be wrong is said here.
+
+    Raises:
+        UserError: as `open_output_dir`, `find_checkpoint`, `Tracker` and `open_hub`.
+    """
+    set_up_logging(arguments)
+    use_all_cores(arguments)
+    output_dir = open_output_dir(arguments)
+    checkpoint = find_checkpoint(arguments)
+    recipe = write_recipe(arguments, output_dir)
+    return Session(arguments, output_dir, checkpoint, recipe, Tracker(arguments.training), open_hub(arguments.training))
 
 
 def set_up_logging(arguments: Arguments) -> None:
@@ -177,178 +184,6 @@ def _check_same_recipe(path: Path, recipe: dict[str, Any]) -> None:
     if changed:
         differences = "; ".join(f"{key} was {before.get(key)} and is {recipe.get(key)}" for key in changed)
         raise UserError(f"the checkpoint's run had another recipe: {differences}. Resume with {path}, or start a new run.")
-
-
-def calibrate(model: PreTrainedModel, validation: Evaluation, training: SpeechTrainingArguments) -> float | None:
-    """Divides the model's logits by the temperature that fits validation, if that is asked for, and returns it.
-
-    Both the model's head and the answers of `validation` are changed, in place.
-    """
-    if not training.temperature_scaling:
-        return None
-    temperature = fit_temperature(validation.logits, validation.references)
-    divide_logits(model, temperature)
-    validation.logits = validation.logits / temperature
-    return temperature
-
-
-def finish_run(
-    arguments: Arguments,
-    prepared: PreparedSplits,
-    extraction: Extraction,
-    train_results: dict[str, Any],
-    validation: Evaluation,
-    test: Evaluation,
-    log_history: list[dict[str, Any]],
-    tracker: Tracker,
-    layer_scores: LayerScores | None = None,
-    temperature: float | None = None,
-    others: list[OtherCorpus] | None = None,
-    publisher: Publisher | None = None,
-) -> dict[str, Any]:
-    """Examines the model, writes and shows what a run gave, on the main process; returns all of it as one flat dictionary."""
-    split = prepared.split
-    eval_results = summarize(validation, split.clips, "eval")
-    test_results = summarize(test, split.clips, "test") | {
-        "test_notes": split.notes,
-        "test_speaker_dependence": split.speaker_dependence,
-        "test_overlaps": split.overlaps,
-    }
-    if layer_scores is not None:
-        train_results = train_results | {"layer": layer_scores.chosen, "layer_uar": layer_scores.uar.tolist()}
-    if temperature is not None:
-        before = dataclasses.replace(test, logits=test.logits * temperature)
-        test_results |= {"temperature": temperature, "test_ece_before": summarize(before, split.clips, "test")["test_ece"]}
-    all_results = train_results | eval_results | test_results
-    if arguments.training.process_index == 0:
-        folder = Path(arguments.training.output_dir)
-        if arguments.training.audit or arguments.training.robustness or others:
-            logger.info("Examining the model: shortcuts, worse recordings, other corpora, as far as the recipe asks for them.")
-        findings = examine(arguments, split, extraction, test, others or [], folder)
-        test_results["test_confused_pairs"] = findings.confused_pairs
-        all_results = train_results | eval_results | test_results
-        write_predictions(test, split.clips, folder / "predictions.csv")
-        history = write_history(log_history, folder / "history.csv")
-        figures = write_findings(findings, others or [], folder, arguments.training.report)
-        for name, results in (("train", train_results), ("eval", eval_results), ("test", test_results)):
-            write_json(folder / f"{name}_results.json", results)
-        if arguments.training.report:
-            figures += [*draw_results(test_results, "test", folder), draw_history(history, folder / "training_curves.png")]
-            if layer_scores is not None:
-                figures.append(draw_layers(layer_scores.uar, layer_scores.chosen, folder / "layers.png"))
-            write_report(arguments, split, all_results, history, findings, layer_scores, extraction.sampling_rate, folder)
-        tracker.log_results(test_results, test, split.clips, figures, findings)
-        write_json(folder / "all_results.json", all_results)  # last: with it, the run is finished
-        logger.info("\n" + format_results(test_results, "test", split.notes))
-        for warning in findings.audit["warnings"] if findings.audit else []:
-            logger.warning(f"  {warning}")
-        for other in findings.cross_corpus:
-            logger.info(f"  On {other['corpus']}, {other['num_clips']} clips: UAR {other['uar']:.3f}, within shared classes "
-                        f"{other['uar_shared']:.3f}. {other['mapped']}"
-                        + (f" Left out: {other['unmapped']}." if other["unmapped"] else ""))  # fmt: skip
-        report = " Open report.html in it." if arguments.training.report else ""
-        logger.info(f"\nThe model and all results are in {folder}.{report}")
-    tracker.end()
-    if publisher is not None and arguments.training.process_index == 0:
-        publish_or_explain(Path(arguments.training.output_dir), publisher)
-    return all_results
-
-
-def write_findings(findings: Findings, others: list[OtherCorpus], folder: Path, with_figures: bool) -> list[Path]:
-    """Writes groups.csv and, as far as they were asked for, audit.json, robustness.json and cross_corpus.json.
-
-    Returns:
-        The figures that were drawn.
-    """
-    pd.DataFrame(findings.groups).to_csv(folder / "groups.csv", index=False)
-    figures = []
-    if findings.audit is not None:
-        write_json(folder / "audit.json", findings.audit)
-        bars = [{"cue": "the model", "by": "the model"} | findings.audit["model"], *findings.audit["shortcuts"]]
-        names = [bar["cue"] + (" (model)" if bar["by"] == "the model" and i else "") for i, bar in enumerate(bars)]
-        if with_figures:
-            colors = ["C0" if bar["by"] == "the model" else "C1" for bar in bars]
-            figures.append(draw_bars(folder / "audit.png", "UAR of the model and of shortcuts", names,
-                                     [bar["uar"] for bar in bars], [bar["uar_ci95"] for bar in bars], findings.audit["chance"],
-                                     colors))  # fmt: skip
-    if findings.robustness is not None:
-        write_json(folder / "robustness.json", {"conditions": findings.robustness})
-        if with_figures:
-            rows = findings.robustness
-            figures.append(draw_bars(folder / "robustness.png", "UAR when the recording gets worse",
-                                     [row["condition"] for row in rows], [row["uar"] for row in rows],
-                                     [row["uar_ci95"] for row in rows]))  # fmt: skip
-    if findings.cross_corpus:
-        write_json(folder / "cross_corpus.json", {"corpora": findings.cross_corpus})
-        for other, evaluation in zip(others, findings.other_evaluations, strict=True):
-            write_predictions(evaluation, other.clips, folder / f"predictions_{other.name}.csv")
-    return figures
-
-
-def describe_model(arguments: Arguments) -> str:
-    """Returns the pretrained model's name, without the folders of this machine."""
-    name = arguments.model.model_name_or_path or arguments.model.config_name
-    return strip_local_paths({"name": name})["name"]
-
-
-def describe_trained(model: ModelArguments) -> str:
-    """Returns which weights are trained, in words."""
-    if model.lora_rank is not None:
-        return f"adapters of rank {model.lora_rank}, and the head"
-    return {"none": "all weights", "feature_encoder": "all but the convolutions", "backbone": "the head"}[model.freeze]
-
-
-def write_report(
-    arguments: Arguments,
-    split: Split,
-    results: dict[str, Any],
-    history: pd.DataFrame,
-    findings: Findings,
-    layer_scores: LayerScores | None,
-    sampling_rate: int,
-    folder: Path,
-) -> None:
-    """Writes report.html of one run."""
-    data, training = arguments.data, arguments.training
-    augmentation = build_augmentation(data)
-    dependence = split.speaker_dependence
-    environment = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    context = describe_results(results, "test") | describe_split(split) | {
-        "title": training.run_name or folder.name,
-        "subtitle": f"{describe_model(arguments)} on {Path(data.dataset_name).name}",
-        "badges": [
-            {"text": dependence if dependence != "unknown" else "speakers unknown", "bad": dependence != "speaker-independent"},
-            {"text": "hold-out", "bad": False},
-            {"text": f"seed {training.seed}", "bad": False},
-            {"text": f"{results['test_num_clips']} test clips", "bad": False},
-        ],
-        "warnings": [*(note for note in split.notes if note.startswith("LEAK")),
-                     *(findings.audit["warnings"] if findings.audit else [])],
-        "curves": describe_history(history),
-        "pairs": findings.confused_pairs,
-        "temperature": results.get("temperature"),
-        "ece_before": results.get("test_ece_before"),
-        "audit": findings.audit,
-        "robustness": findings.robustness,
-        "cross_corpus": findings.cross_corpus,
-        "layers": describe_layers(layer_scores.uar, layer_scores.chosen) if layer_scores is not None else None,
-        "groups": describe_groups(findings.groups),
-        "training_rows": [
-            ("Model", describe_model(arguments)),
-            ("Trained", describe_trained(arguments.model)),
-            ("Epochs", f"{results['epoch']:g} of {training.num_train_epochs:g}"),
-            ("Time", f"{results['train_runtime']:.0f} s on {training.world_size} x {environment['device']}"),
-            ("Optimizer", f"{training.optim}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}"),
-            ("Loss", training.loss + (f", gamma {training.focal_gamma:g}" if training.loss == "focal" else "")
-             + (f", label smoothing {training.label_smoothing_factor:g}" if training.label_smoothing_factor else "")),
-            ("Class balance", "sampling" if training.class_balanced_sampling else
-             "weights" if training.class_weights == "balanced" else "none"),
-            ("Augmentation", augmentation.describe() + ", in training only" * bool(augmentation)),
-        ],
-        "recipe": dump(strip_local_paths(resolve_recipe(arguments))),
-        "environment": dump({key: value for key, value in environment.items() if key not in ("overrides", "recipe")}),
-    } | describe_worst_clips(findings.worst_clips, split.clips, sampling_rate, training.report_audio)  # fmt: skip
-    write_text(folder / REPORT_FILE, render(context))
 
 
 def describe_run(arguments: Arguments, prepared: PreparedSplits, model: PreTrainedModel, num_padded: float) -> str:
