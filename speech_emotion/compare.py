@@ -105,8 +105,7 @@ def _choose_clusters(frame: pd.DataFrame) -> tuple[str, dict[str, int]]:
 def _test_mcnemar(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Any]:
     if a["clip"].duplicated().any() or b["clip"].duplicated().any():
         return {"only_a_right": None, "only_b_right": None, "mcnemar_p": None}
-    both = a.set_index("clip").join(b.set_index("clip"), lsuffix="_a", rsuffix="_b")
-    right = [both[f"prediction_{run}"] == both[f"label_{run}"] for run in ("a", "b")]
+    right = [(frame.set_index("clip")["prediction"] == frame.set_index("clip")["label"]).sort_index() for frame in (a, b)]
     only_a, only_b = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     p = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return {"only_a_right": only_a, "only_b_right": only_b, "mcnemar_p": p}

@@ -65,7 +65,7 @@ def run_protocol(arguments: Arguments, train: Callable[[Arguments], dict[str, An
         train: does one run and returns its results.
 
     Returns:
-        The results of the run; of several, what summary.json holds.
+        The results of the run; of several, what summary.json holds (on the main process).
 
     Raises:
         UserError: a protocol that the corpus does not allow, or a folder with runs of another recipe.
@@ -86,9 +86,10 @@ def run_protocol(arguments: Arguments, train: Callable[[Arguments], dict[str, An
     for number, run in enumerate(runs, start=1):
         logger.info(f"\nRun {number} of {len(runs)}: {run.name}")
         results.append(_run_once(run, folder, arguments, train))
+    if training.process_index != 0:
+        return {}  # the main process alone examines and summarizes
     summary = summarize_runs(runs, results, folder)
-    if training.process_index == 0:
-        write_summary(summary, arguments, folder)
+    write_summary(summary, arguments, folder)
     return summary
 
 

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import tiny_config, tiny_extractor, write_tone
 from test_known_corpora import make_iemocap, make_meld
-from test_runs import flags
+from test_runs import flags, run
 from transformers import AutoModelForAudioClassification, set_seed
 
 import run_classification
@@ -73,6 +75,19 @@ def test_a_protocol_goes_on_where_it_broke_off(tone_folder, tmp_path):
     assert tests["fold_1_seed_1"] == tests["fold_1_seed_2"] and not tests["fold_1_seed_1"] & tests["fold_2_seed_1"]
     with pytest.raises(UserError, match="holds a run of another recipe: num_train_epochs was 2"):
         run_classification.main(flags(tmp_path, tone_folder, cross_validation=3, seeds="1 2", num_train_epochs=3))
+
+
+def test_two_processes_go_through_the_folds_together(tone_folder, tmp_path):
+    argv = flags(tmp_path, tone_folder, cross_validation=3, num_train_epochs=1, per_device_train_batch_size=2, lora_rank=2,
+                 temperature_scaling="true", audit=None, robustness=None)  # fmt: skip
+    launcher = (str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
+                "accelerate_configs/cpu_2_processes.yaml", "--main_process_port", "0")  # fmt: skip
+    done = run(argv, *launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("All runs and their summary are in") == 1
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["runs"]) == 3 and summary["pooled"]["test_num_clips"] == 30
+    assert run(argv, *launcher).stdout.count("It is done already.") == 3
 
 
 def test_less_data_is_a_curve_on_the_same_test(tone_folder, tmp_path):
