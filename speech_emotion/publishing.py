@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from transformers import TrainerCallback
 
 from speech_emotion.arguments import RECIPE_FILE, RUN_FILE, SECRET_KEYS, SpeechTrainingArguments, strip_local_paths
@@ -66,7 +66,9 @@ def collect_files(folder: Path, repo_id: str, with_report: bool = False) -> dict
     recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    files[RECIPE_FILE] = _dump(strip_local_paths(recipe))
+    # Whoever runs the published recipe does not mean to publish here.
+    own = {key for key in recipe if key.startswith(("hub_", "comet_"))} | {"push_to_hub", "report_to", "run_name"}
+    files[RECIPE_FILE] = _dump(strip_local_paths({key: value for key, value in recipe.items() if key not in own}))
     files[RUN_FILE] = _dump({key: run.get(key) for key in SENT_RUN_KEYS})
     files["config.json"] = _dump({key: value for key, value in config.items() if key != "_name_or_path"})
     adapter = folder / "adapter" / "adapter_config.json"
@@ -189,6 +191,8 @@ def _status(error: BaseException) -> int | None:
 
 def _is_final(error: BaseException) -> bool:
     # A broken connection and most answers of servers may pass; a file that is not there, or a card that is refused, will not.
+    if isinstance(error, OfflineModeIsEnabled):
+        return True
     if _status(error) is not None or isinstance(error, httpx2.HTTPError):
         return _status(error) in FINAL_STATUSES
     # JSON that cannot be read is a proxy's page in place of the answer.
@@ -197,6 +201,8 @@ def _is_final(error: BaseException) -> bool:
 
 def _explain(error: BaseException, repo_id: str) -> str:
     status = _status(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set. Unset it to publish."
     if status == 401 or (isinstance(error, RepositoryNotFoundError) and not get_token()):
         return "it does not know you (401). Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
     if status == 403:

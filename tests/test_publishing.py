@@ -212,7 +212,10 @@ def test_a_run_publishes_itself_and_keeps_everything_if_it_cannot(script, tone_f
     script.main(argv)
     files = hub.files()
     assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert "push_to_hub" in json.loads(files["recipe.json"])
+    # The published recipe trains the same and publishes nowhere; the one that stays here repeats the run whole.
+    published, kept = json.loads(files["recipe.json"]), json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert not {"push_to_hub", "hub_model_id"} & published.keys() and kept["hub_model_id"] == "user/name"
+    assert published["learning_rate"] == kept["learning_rate"]
     hub.faults = [["POST", "/commit/", 500, 10_000]]
     with pytest.raises(
         UserError, match=r"publish it later:\n  python -m speech_emotion.publishing .*/second --repo_id user/name"
@@ -220,6 +223,13 @@ def test_a_run_publishes_itself_and_keeps_everything_if_it_cannot(script, tone_f
         script.main([str(tmp_path / "second") if argv[i - 1] == "--output_dir" else token for i, token in enumerate(argv)])
     for name in ("model.safetensors", "all_results.json", "report.html"):
         assert (tmp_path / "second" / name).is_file()
+
+
+def test_offline_mode_is_said_at_once(finished, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        publish_run(finished, Publisher("user/name"))
+    assert hub.waits == []
 
 
 def test_without_a_token_a_run_ends_before_training(tone_folder, tmp_path, hub, monkeypatch):
