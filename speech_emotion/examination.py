@@ -29,6 +29,11 @@ class Findings:
     other_evaluations: list[Evaluation] = field(default_factory=list)
 
 
+def describe_failures(split: Split, test: Evaluation) -> Findings:
+    """Returns where the model fails, from its answers alone."""
+    return Findings(compute_group_results(test, split.clips), find_confused_pairs(test), find_worst_clips(test, split.clips))
+
+
 def examine(
     arguments: Arguments, split: Split, extraction: Extraction, test: Evaluation, others: list[OtherCorpus], folder: Path
 ) -> Findings:
@@ -42,7 +47,7 @@ def examine(
         others: corpora to try it on.
         folder: with the saved model: what is examined is what is published.
     """
-    findings = Findings(compute_group_results(test, split.clips), find_confused_pairs(test), find_worst_clips(test, split.clips))
+    findings = describe_failures(split, test)
     training = arguments.training
     if not (training.audit or training.robustness or others):
         return findings

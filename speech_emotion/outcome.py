@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from transformers import PreTrainedModel
 
+from speech_emotion.analysis import find_confused_pairs
 from speech_emotion.arguments import (
     RUN_FILE,
     Arguments,
@@ -19,7 +21,7 @@ from speech_emotion.arguments import (
 )
 from speech_emotion.augmentation import build_augmentation
 from speech_emotion.cross_corpus import OtherCorpus
-from speech_emotion.examination import Findings, examine
+from speech_emotion.examination import Findings, describe_failures, examine
 from speech_emotion.features import Extraction, PreparedSplits
 from speech_emotion.frozen import LayerScores
 from speech_emotion.html_report import (
@@ -93,17 +95,15 @@ def finish_run(
         test_results |= {"temperature": temperature, "test_ece_before": summarize(before, split.clips, "test")["test_ece"]}
     all_results = train_results | eval_results | test_results
     if arguments.training.process_index == 0:
-        folder = Path(arguments.training.output_dir)
-        if arguments.training.audit or arguments.training.robustness or others:
-            logger.info("Examining the model: shortcuts, worse recordings, other corpora, as far as the recipe asks for them.")
-        findings = examine(arguments, split, extraction, test, others or [], folder)
-        test_results["test_confused_pairs"] = findings.confused_pairs
-        all_results = train_results | eval_results | test_results
+        # The results first: whatever becomes of the rest, they are there.
         write_predictions(test, split.clips, folder / "predictions.csv")
         history = write_history(log_history, folder / "history.csv")
-        figures = write_findings(findings, others or [], folder, arguments.training.report)
+        test_results["test_confused_pairs"] = find_confused_pairs(test)
         for name, results in (("train", train_results), ("eval", eval_results), ("test", test_results)):
             write_json(folder / f"{name}_results.json", results)
+        all_results = train_results | eval_results | test_results
+        findings = _examine(arguments, split, extraction, test, others or [], folder)
+        figures = write_findings(findings, others or [], folder, arguments.training.report)
         if arguments.training.report:
             figures += [*draw_results(test_results, "test", folder), draw_history(history, folder / "training_curves.png")]
             if layer_scores is not None:
@@ -111,19 +111,38 @@ def finish_run(
             write_report(arguments, split, all_results, history, findings, layer_scores, extraction.sampling_rate, folder)
         session.tracker.log_results(test_results, test, split.clips, figures, findings)
         write_json(folder / "all_results.json", all_results)  # last: with it, the run is finished
-        logger.info("\n" + format_results(test_results, "test", split.notes))
-        for warning in findings.audit["warnings"] if findings.audit else []:
-            logger.warning(f"  {warning}")
-        for other in findings.cross_corpus:
-            logger.info(f"  On {other['corpus']}, {other['num_clips']} clips: UAR {other['uar']:.3f}, within shared classes "
-                        f"{other['uar_shared']:.3f}. {other['mapped']}"
-                        + (f" Left out: {other['unmapped']}." if other["unmapped"] else ""))  # fmt: skip
-        report = " Open report.html in it." if arguments.training.report else ""
-        logger.info(f"\nThe model and all results are in {folder}.{report}")
+        logger.info(format_outcome(test_results, split, findings, folder, arguments.training.report))
     session.tracker.end()
     if session.publisher is not None and arguments.training.process_index == 0:
         publish_or_explain(folder, session.publisher)
     return all_results
+
+
+def _examine(
+    arguments: Arguments, split: Split, extraction: Extraction, test: Evaluation, others: list[OtherCorpus], folder: Path
+) -> Findings:
+    training = arguments.training
+    if training.audit or training.robustness or others:
+        logger.info("Examining the model: shortcuts, worse recordings, other corpora, as far as the recipe asks for them.")
+    try:
+        return examine(arguments, split, extraction, test, others, folder)
+    except torch.OutOfMemoryError:
+        logger.warning("Too little memory to examine the model: neither audit nor robustness, nor other corpora.")
+        return describe_failures(split, test)
+
+
+def format_outcome(test_results: dict[str, Any], split: Split, findings: Findings, folder: Path, has_report: bool) -> str:
+    """Returns the table of results, what the examination warns of, and where all of it lies."""
+    lines = ["", format_results(test_results, "test", split.notes)]
+    lines += [f"  {warning}" for warning in (findings.audit["warnings"] if findings.audit else [])]
+    for other in findings.cross_corpus:
+        left_out = f" Left out: {other['unmapped']}." if other["unmapped"] else ""
+        lines.append(
+            f"  On {other['corpus']}, {other['num_clips']} clips: UAR {other['uar']:.3f}, within shared classes "
+            f"{other['uar_shared']:.3f}. {other['mapped']}{left_out}"
+        )
+    lines += ["", f"The model and all results are in {folder}." + (" Open report.html in it." if has_report else "")]
+    return "\n".join(lines)
 
 
 def write_findings(findings: Findings, others: list[OtherCorpus], folder: Path, with_figures: bool) -> list[Path]:

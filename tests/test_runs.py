@@ -109,6 +109,22 @@ def test_what_is_saved_is_the_best_checkpoint_whole(architecture, tone_folder, t
     assert_same_weights(tmp_path / "out", checkpoints[0])
 
 
+def test_too_little_memory_to_examine_costs_the_examination_only(tone_folder, tmp_path, monkeypatch):
+    import torch
+
+    from speech_emotion import outcome
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(outcome, "examine", fail)
+    results = run_classification.main(flags(tmp_path, tone_folder, num_train_epochs=1, audit=None, report=None))
+    assert 0 <= results["test_uar"] <= 1
+    for name in ("all_results.json", "predictions.csv", "report.html", "groups.csv"):
+        assert (tmp_path / "out" / name).is_file()
+    assert not (tmp_path / "out" / "audit.json").exists()
+
+
 RECIPES = {
     "thorsten_wav2vec2": "wav2vec2", "thorsten_hubert": "hubert", "thorsten_wavlm": "wavlm", "thorsten_wavlm_probe": "wavlm",
     "thorsten_whisper": "whisper",
