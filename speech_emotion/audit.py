@@ -32,7 +32,7 @@ ROLL_OFFS = (0.5, 0.85, 0.95, 0.99)  # shares of the energy below a frequency
 QUIETEST_DB = -100.0
 
 NON_SPEECH = "parts without speech"
-MAX_TRAINING_CLIPS = 4000  # enough for a logistic regression on some twenty numbers
+MAX_CLIPS = 4000  # to fit a logistic regression on some twenty numbers, and to test it on
 REGRESSION_C, REGRESSION_ITERATIONS = 1.0, 500
 EXPLAINED_SHARE = 0.5  # of what the model is above chance, from which on a shortcut is warned of
 
@@ -121,7 +121,7 @@ def audit_shortcuts(split: Split, test: Evaluation, classifier: Classifier, seed
         split: clips with their splits.
         test: the model's answers on the test clips.
         classifier: the trained model.
-        seed: of the draw of training clips, where there are very many.
+        seed: of the draw of clips, where there are more than 4,000 to train or to test on.
 
     Returns:
         `model` and `chance` (UAR of either, the model's with `uar_ci95`), `shortcuts` (a dictionary each with `cue`, `uar`,
@@ -129,12 +129,10 @@ def audit_shortcuts(split: Split, test: Evaluation, classifier: Classifier, seed
         regression is fitted on training clips and tested on test clips.
     """
     clips, rate = split.clips, classifier.extraction.sampling_rate
-    train_rows = np.concatenate([split.indices(name) for name in split.trained])
-    if len(train_rows) > MAX_TRAINING_CLIPS:
-        train_rows = np.sort(np.random.default_rng(seed).permutation(train_rows)[:MAX_TRAINING_CLIPS])
     labels = np.asarray(clips["label"][:])
-    train = _Measured.of(clips, train_rows, labels, rate)
-    tested = _Measured.of(clips, test.clips, labels, rate)
+    train_rows = _draw(np.concatenate([split.indices(name) for name in split.trained]), seed)
+    train = _Measured.of(clips, train_rows, rate, keep_silent=False)
+    tested = _Measured.of(clips, _draw(test.clips, seed), rate, keep_silent=True)
     tested_at = {row: i for i, row in enumerate(test.clips)}
     clusters = choose_clusters(clips.select(test.clips))[1]
     chance = 1 / len(set(test.references))
@@ -171,6 +169,11 @@ def audit_shortcuts(split: Split, test: Evaluation, classifier: Classifier, seed
     return {"model": model, "chance": chance, "shortcuts": shortcuts, "warnings": warnings}
 
 
+def _draw(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Returns at most `MAX_CLIPS` of the rows, in their order."""
+    return rows if len(rows) <= MAX_CLIPS else np.sort(np.random.default_rng(seed).permutation(rows)[:MAX_CLIPS])
+
+
 def _is_shortcut(entry: dict[str, Any], chance: float) -> bool:
     return entry["uar_ci95"][0] > chance and entry["explains"] >= EXPLAINED_SHARE
 
@@ -190,17 +193,23 @@ def _warn(entry: dict[str, Any], model_uar: float) -> str:
 
 @dataclass
 class _Measured:
-    """Cues of some clips, the same for all: `rows` are those of the corpus table; `silent` the parts without speech."""
+    """Cues of some clips: `rows` are those of the corpus table; `silent` the parts without speech, where they are kept."""
 
     rows: np.ndarray
     cues: list[Cues]
     silent: list[np.ndarray]
 
     @classmethod
-    def of(cls, clips: Dataset, rows: np.ndarray, labels: np.ndarray, sampling_rate: int) -> "_Measured":
-        found = [(row, measure_cues(waveform, sampling_rate), cut_non_speech(waveform, sampling_rate))
-                 for row, waveform in read_waveforms(clips, rows, sampling_rate)]  # fmt: skip
-        return cls(np.array([row for row, *_ in found]), [cues for _, cues, _ in found], [silent for *_, silent in found])
+    def of(cls, clips: Dataset, rows: np.ndarray, sampling_rate: int, keep_silent: bool) -> "_Measured":
+        measured = cls(np.zeros(0, dtype=int), [], [])
+        used = []
+        for row, waveform in read_waveforms(clips, rows, sampling_rate):
+            used.append(row)
+            measured.cues.append(measure_cues(waveform, sampling_rate))
+            if keep_silent:
+                measured.silent.append(cut_non_speech(waveform, sampling_rate))
+        measured.rows = np.array(used)
+        return measured
 
     def select(self, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows that have these cues, and the cues, (num_rows, num_values)."""
