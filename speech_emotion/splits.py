@@ -272,8 +272,10 @@ def describe_overlap(split: Split) -> list[str]:
             f"Of the {len(test)} test {_plural(column, len(test))}, {heard or 'none'} "
             f"{'is' if heard <= 1 else 'are'} in training as well."
         )
-        if column == "speaker_id":
-            sentences.append("The results are speaker-dependent." if heard else "The results are speaker-independent.")
+    if split.speaker_dependence == "unknown":
+        sentences.append("Not every clip's speaker is known, so whether the results are speaker-dependent cannot be said.")
+    else:
+        sentences.append(f"The results are {split.speaker_dependence}.")
     return sentences
 
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 COMET = "comet_ml"
 COMET_FOLDER = "comet"
-CLIPS_PER_CELL = 5  # of the confusion matrix; each is uploaded
+CLIPS_PER_CELL = 3  # of the confusion matrix; each is uploaded
 # What each tracker needs installed, as far as requirements.txt leaves it out.
 PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard", "comet_ml": "comet_ml", "mlflow": "mlflow"}
 
