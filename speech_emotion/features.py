@@ -210,8 +210,9 @@ def select_splits(split: Split, features: Dataset, train_source: Dataset, num_ba
         rows = np.flatnonzero(np.isin(clip, wanted))
         if name != "train":
             rows = rows[np.argsort(np.asarray(source["length"][:])[rows], kind="stable")]
-        part = source.select(rows).remove_columns("error").add_column("labels", labels[clip[rows]])
-        tables[name] = part.with_format("numpy")
+        # Labels first: a column added to selected rows would have `datasets` copy all features of theirs.
+        labelled = source.remove_columns("error").add_column("labels", labels[clip])
+        tables[name] = labelled.select(rows).with_format("numpy")
     return PreparedSplits(split, tables["train"], tables["validation"], tables["test"], num_bad, features, cache)
 
 

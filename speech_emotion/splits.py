@@ -115,7 +115,8 @@ def split_corpus(corpus: Dataset | DatasetDict, data: DataArguments, seed: int) 
         if limit is not None and limit < len(rows):
             splits[np.random.default_rng(seed).permutation(rows)[limit:]] = "bridge"
     kept = np.flatnonzero((splits != "bridge") & (splits != "unused"))
-    clips = clips.select(kept).add_column("split", splits[kept].tolist())
+    # Added before rows are selected: afterwards `datasets` would copy the clips, audio and all.
+    clips = clips.add_column("split", [str(name) for name in splits]).select(kept)
     split = Split(clips, split_by, leaked, notes)
     if data.train_on_validation:
         split.trained = ("train", "validation")

@@ -66,17 +66,15 @@ def _to_common_table(part: Dataset, name: str, data: DataArguments) -> Dataset:
 
     audio = part.cast_column(data.audio_column_name, Audio(decode=False)).select_columns([data.audio_column_name])
     audio = audio.rename_column(data.audio_column_name, "audio") if data.audio_column_name != "audio" else audio
-    durations = audio.map(
-        lambda row: {"duration": read_duration(row["audio"])},
-        features=Features({**audio.features, "duration": Value("float32")}), desc="Reading durations",
-    )  # fmt: skip
+    durations = [read_duration(clip) for clip in audio["audio"]]
     labels, label_names = _read_labels(part, name, data.label_column_name)
 
     def optional(column: str) -> list[str | None]:
         values = part[column] if column in part.column_names else [None] * len(part)
         return [None if value is None else str(value) for value in values]
 
-    table = durations.add_column("label", labels).cast_column("label", ClassLabel(names=label_names))
+    table = audio.add_column("duration", durations, feature=Value("float32"))
+    table = table.add_column("label", labels, feature=ClassLabel(names=label_names))
     groups = Dataset.from_dict(
         {
             "speaker_id": optional(data.speaker_column_name),

@@ -127,9 +127,10 @@ def keep_labels(corpus: Dataset | DatasetDict, label_names: list[str]) -> Datase
     new_index = np.array([label_names.index(name) if name in label_names else -1 for name in old_names])
     labels = new_index[np.asarray(corpus["label"][:])]
     kept = np.flatnonzero(labels >= 0)
-    features = Features({**corpus.features, "label": ClassLabel(names=label_names)})
-    table = corpus.select(kept).remove_columns("label").add_column("label", labels[kept])
-    return table.select_columns(list(features)).cast(features)
+    # Added before rows are selected, and with its type: otherwise `datasets` would copy the clips, audio and all.
+    label = ClassLabel(names=label_names)
+    table = corpus.remove_columns("label").add_column("label", np.maximum(labels, 0), feature=label)
+    return table.select_columns(corpus.column_names).select(kept)
 
 
 def read_split_name(name: str | None, where: str) -> str | None:
