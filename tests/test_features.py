@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import GROUPS, tiny_extractor, tone, write_tone
 from test_audio import bad_files
+from transformers import Wav2Vec2FeatureExtractor
 
 import speech_emotion.features as features_module
 from speech_emotion.arguments import DataArguments, parse_arguments
@@ -203,6 +204,20 @@ def test_augmentation_changes_what_it_says():
     masked = [int((Augmentation(time_mask_seconds=0.2)(waveform, 16000, rng) == 0).sum()) for _ in range(50)]
     assert 0 < max(masked) <= 3200
     np.testing.assert_array_equal(waveform, before)
+
+
+@pytest.mark.parametrize("do_normalize", [True, False])
+def test_wav2vec2s_features_are_the_extractors_bit_for_bit(do_normalize):
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=do_normalize, return_attention_mask=do_normalize)
+    extraction = Extraction(extractor, None, 400)
+    rng = np.random.default_rng(0)
+    for size in (400, 401, 7777, 16000, 123457):
+        waveform = (rng.standard_normal(size) * rng.uniform(1e-4, 1) + rng.uniform(-0.1, 0.1)).astype(np.float32)
+        expected = extractor(waveform, sampling_rate=16000, return_tensors="np")["input_values"][0]
+        before = waveform.copy()
+        np.testing.assert_array_equal(extraction(waveform), expected)
+        np.testing.assert_array_equal(waveform, before)
+        assert extraction(waveform).dtype == np.float32
 
 
 def snr_db(waveform, changed):
