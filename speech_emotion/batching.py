@@ -207,7 +207,7 @@ class Collator:
     multiple: int = 1
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Returns `labels` (batch,), the model's input padded to the longest clip, and an attention mask if wanted.
+        """Returns `labels` (batch,), the model's input padded to the longest clip, and a mask if wanted and anything is padded.
 
         The input is (batch, num_samples), (batch, frames, bins) or, for Whisper, (batch, bins, frames); the mask is
         int64 of shape (batch, num_samples or frames).
@@ -226,7 +226,7 @@ class Collator:
             self.extraction.input_name: torch.from_numpy(batch),
             "labels": torch.tensor([int(row["labels"]) for row in rows]),
         }
-        if self.attention_mask:
+        if self.attention_mask and min(lengths) < longest:
             inputs["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
         return inputs
 

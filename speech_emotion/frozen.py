@@ -84,7 +84,7 @@ class FrozenCollator:
         """Returns `labels` (batch,) and `input_values`.
 
         For frozen convolutions `input_values` is (batch, frames, width), padded with zeros, and `attention_mask`
-        (batch, frames) says where frames end; for a frozen backbone it is (batch, states, width).
+        (batch, frames) says where frames end, if anything is padded; for a frozen backbone it is (batch, states, width).
         """
         arrays = [np.asarray(row[COLUMN]).reshape(-1, self.width) for row in rows]
         labels = torch.tensor([int(row["labels"]) for row in rows])
@@ -95,8 +95,10 @@ class FrozenCollator:
         batch = np.zeros((len(arrays), longest, self.width), dtype=arrays[0].dtype)
         for i, array in enumerate(arrays):
             batch[i, : len(array)] = array
-        mask = (torch.arange(longest) < lengths[:, None]).long()
-        return {"input_values": torch.from_numpy(batch), "attention_mask": mask, "labels": labels}
+        inputs = {"input_values": torch.from_numpy(batch), "labels": labels}
+        if int(lengths.min()) < longest:
+            inputs["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        return inputs
 
 
 def cache_frozen(

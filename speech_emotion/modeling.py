@@ -17,6 +17,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     SequenceFeatureExtractor,
+    masking_utils,
     set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
@@ -356,6 +357,19 @@ def compile_layers(model: PreTrainedModel, backend: str | None, mode: str | None
     if any(parameter.requires_grad for parameter in get_backbone(model).parameters()):
         for layer in get_layers(model):
             layer.compile(backend=backend or "inductor", mode=mode)
+
+
+def decide_masks_without_asking() -> None:
+    """Lets transformers take every attention mask for one that masks something, for the rest of this process.
+
+    It would ask the device once a step whether that is so, and a GPU would wait for the answer. The collators give a mask
+    only where something is padded, so that they have decided it already.
+    """
+
+    def skips(padding_mask: torch.Tensor | None, kv_length: int, local_attention_size: int | None = None) -> bool:
+        return padding_mask is None and (local_attention_size is None or kv_length < local_attention_size)
+
+    masking_utils._ignore_bidirectional_mask_sdpa = skips
 
 
 def start_behind_convolutions(model: PreTrainedModel) -> None:

@@ -33,6 +33,10 @@ class Listener(TorchDispatchMode):
         # Layer drop draws its numbers on the CPU in any case.
         ("wav2vec2", {"config_overrides": "layerdrop=0.0"}),
         ("wav2vec2", {"freeze": "backbone"}),
+        # With an attention mask, for padding, before and behind frozen convolutions.
+        ("wav2vec2", {"config_overrides": "layerdrop=0.0,feat_extract_norm=layer,do_stable_layer_norm=true"}),
+        ("wav2vec2", {"config_overrides": "layerdrop=0.0", "freeze": "feature_encoder"}),
+        ("hubert", {"config_overrides": "layerdrop=0.0", "freeze": "feature_encoder"}),
     ],
     ids=str,
 )
