@@ -64,6 +64,8 @@ def run_ours(data: Path, model: Path, folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     done = run_process(
         [sys.executable, "run_classification.py", "--dataset_name", "audio_folder", "--data_dir", str(data),
+         # What the other side has no counterpart for: the examination of the trained model.
+         "--audit", "false", "--robustness", "false", "--report", "false",
          "--model_name_or_path", str(model), "--freeze", "feature_encoder", "--output_dir", str(folder),
          "--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8",
          "--learning_rate", LEARNING_RATE, "--warmup_steps", "0.1", "--cache_dir", str(folder / "cache"), "--seed", "0"]
