@@ -15,11 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from speech_emotion.startup import hide
+from speech_emotion.startup import COMET, PEFT, hide, quiet_transformers
 
 if __name__ == "__main__":  # whoever imports this may need them
-    for package in ("comet_ml", "peft"):
-        hide(package)
+    hide(COMET, PEFT)
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 ROOT = Path(__file__).parent
@@ -119,11 +118,11 @@ def draw(waveform, rate, timeline):
 
 def find_examples(folder):
     """Returns some clips to try: those of a folder, or for the demo's classes those that ship with the repository."""
-    from speech_emotion.audio import AUDIO_SUFFIXES
+    from speech_emotion.audio import list_recordings
 
     if folder is None:
         folder = ROOT / "assets" / "polish_emotions"
-    clips = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    clips = list_recordings(Path(folder))
     return clips[:: max(1, len(clips) // NUM_EXAMPLES)][:NUM_EXAMPLES]
 
 
@@ -139,12 +138,9 @@ def main(argv=None):
     parser.add_argument("--device", help="cpu, cuda, mps; by default the fastest that there is")
     arguments = parser.parse_args(argv)
 
-    import transformers
-
     from speech_emotion.inference import load_classifier
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     classifier = load_classifier(arguments.model, arguments.device)
     title = f"Emotion in speech: {Path(arguments.model).name}"
     # Whatever is uploaded lies in a folder of this process's own, which goes when it ends, also by a service manager's signal.

@@ -18,11 +18,10 @@ import os
 import sys
 from pathlib import Path
 
-from speech_emotion.startup import hide
+from speech_emotion.startup import COMET, PEFT, hide, quiet_transformers
 
 if __name__ == "__main__":  # whoever imports this may need them
-    for package in ("comet_ml", "peft"):
-        hide(package)
+    hide(COMET, PEFT)
 
 SOME_UNREADABLE_EXIT_CODE = 1
 SUFFIXES = (".csv", ".jsonl")
@@ -33,13 +32,11 @@ def main(argv=None):
     paths = find_recordings(arguments.recordings)
     check_output(arguments.output)
 
-    import transformers
     from tqdm.auto import tqdm
 
     from speech_emotion.inference import load_classifier
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     classifier = load_classifier(arguments.model, arguments.device, arguments.max_length_seconds, arguments.bf16)
     answer_all = answer_with_timelines if arguments.timeline else answer_with_labels
     failed = []
@@ -79,7 +76,7 @@ def read_arguments(argv):
 
 def find_recordings(given):
     """Returns the paths of all recordings, folders searched through, - replaced by what the standard input lists."""
-    from speech_emotion.audio import AUDIO_SUFFIXES
+    from speech_emotion.audio import AUDIO_SUFFIXES, list_recordings
     from speech_emotion.errors import UserError
 
     paths = []
@@ -87,7 +84,7 @@ def find_recordings(given):
         if name == "-":
             paths += [Path(line.strip()) for line in sys.stdin if line.strip()]
         elif Path(name).is_dir():
-            inside = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+            inside = list_recordings(Path(name))
             if not inside:
                 raise UserError(f"{name}: holds no recordings ({' '.join(AUDIO_SUFFIXES)}).")
             paths += inside

@@ -53,7 +53,7 @@ def train(arguments):
     # Clips, and who of them is heard in training. One process downloads and prepares, the others wait for it.
     with training.main_process_first(desc="loading the corpus"):
         corpus = load_corpus(arguments)
-    split = split_corpus(corpus, data, training.seed if data.split_seed is None else data.split_seed)
+    split = split_corpus(corpus, data, arguments.split_seed)
     label_names = split.clips.features["label"].names
     others = load_others(arguments, label_names)
 

@@ -68,7 +68,7 @@ def train(arguments):
     # Clips, splits, model and features: the same road as with Trainer.
     with args.main_process_first(desc="loading the corpus"):
         corpus = load_corpus(arguments)
-    split = split_corpus(corpus, data, args.seed if data.split_seed is None else data.split_seed)
+    split = split_corpus(corpus, data, arguments.split_seed)
     label_names = split.clips.features["label"].names
     others = load_others(arguments, label_names)
     model, feature_extractor, window_seconds = build_model(arguments.model, label_names, data.max_length_seconds, args.seed)

@@ -27,13 +27,12 @@ def compute_group_results(evaluation: Evaluation, clips: Dataset) -> list[dict[s
     table = clips.select(evaluation.clips)
     groups = {column.removesuffix("_id"): np.asarray(table[column][:], dtype=object) for column in GROUP_COLUMNS}
     groups["duration"] = _name_quartiles(np.asarray(table["duration"][:], dtype=float))
+    predictions = evaluation.predictions
     rows = []
     for by, names in groups.items():
         for name in sorted(set(names) - {None}):
             inside = names == name
-            matrix = compute_confusion_matrix(
-                evaluation.predictions[inside], evaluation.references[inside], len(evaluation.label_names)
-            )
+            matrix = compute_confusion_matrix(predictions[inside], evaluation.references[inside], len(evaluation.label_names))
             rows.append(
                 {"by": by, "group": name, "num_clips": int(inside.sum()), "accuracy": float(compute_accuracy(matrix)),
                  "uar": float(compute_uar(matrix))}
@@ -73,12 +72,13 @@ def find_worst_clips(evaluation: Evaluation, clips: Dataset) -> list[dict[str, A
         `loss` (nats), `speaker_id` and `sentence_id`.
     """
     names, all_names = evaluation.label_names, clip_names(clips)
-    worst = np.argsort(-evaluation.losses, kind="stable")[:NUM_WORST_CLIPS]
+    losses, predictions, probabilities = evaluation.losses, evaluation.predictions, evaluation.probabilities
+    worst = np.argsort(-losses, kind="stable")[:NUM_WORST_CLIPS]
     rows = evaluation.clips[worst]
     speakers, sentences = clips.select(rows)["speaker_id"], clips.select(rows)["sentence_id"]
     return [
         {"clip": all_names[row], "row": int(row), "label": names[evaluation.references[i]],
-         "prediction": names[evaluation.predictions[i]], "probability": float(evaluation.probabilities[i].max()),
-         "loss": float(evaluation.losses[i]), "speaker_id": speaker, "sentence_id": sentence}
+         "prediction": names[predictions[i]], "probability": float(probabilities[i].max()),
+         "loss": float(losses[i]), "speaker_id": speaker, "sentence_id": sentence}
         for i, row, speaker, sentence in zip(worst, rows, speakers, sentences, strict=True)
     ]  # fmt: skip

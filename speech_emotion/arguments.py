@@ -494,6 +494,11 @@ class Arguments(NamedTuple):
     command_line: list[str]
     loop: LoopArguments | None = None
 
+    @property
+    def split_seed(self) -> int:
+        """Seed of the split: its own if there is one, else that of the run."""
+        return self.training.seed if self.data.split_seed is None else self.data.split_seed
+
 
 class _Parser(HfArgumentParser):
     """HfArgumentParser that raises `UserError` instead of printing its usage."""

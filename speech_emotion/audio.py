@@ -27,6 +27,12 @@ class BadAudioError(Exception):
     """A recording that cannot be used, with the reason."""
 
 
+def list_recordings(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> list[Path]:
+    """Returns the files below a folder whose names end as recordings' do, sorted, without hidden ones."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
+    return sorted(path for path in found if path.is_file())
+
+
 def read_duration(audio: dict[str, Any]) -> float:
     """Returns the seconds that a recording's header states, or nan where it cannot be read.
 

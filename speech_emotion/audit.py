@@ -6,14 +6,13 @@ speaks. (Recording conditions that tell the class: arXiv 2409.12170.)
 """
 
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from speech_emotion.audio import BadAudioError, decode
+from speech_emotion.corpora.table import read_waveforms
 from speech_emotion.inference import Classifier
 from speech_emotion.metrics import Evaluation, choose_clusters, score_uar
 from speech_emotion.splits import Split
@@ -39,12 +38,16 @@ EXPLAINED_SHARE = 0.5  # of what the model is above chance, from which on a shor
 
 @dataclass
 class Cues:
-    """What is measured of one clip, each (num_values,); `non_speech` is None where hardly any of it is without speech."""
+    """What is measured of one clip, each (num_values,); `non_speech` is None where hardly any of it is without speech.
+
+    `silent` are the samples without speech, (num_samples,).
+    """
 
     duration: np.ndarray
     loudness: np.ndarray
     bandwidth: np.ndarray
     non_speech: np.ndarray | None
+    silent: np.ndarray
 
 
 def find_speech(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
@@ -89,7 +92,11 @@ def measure_cues(waveform: np.ndarray, sampling_rate: int) -> Cues:
         sums = np.bincount(band_of_bin, power, NUM_BANDS) / np.maximum(np.bincount(band_of_bin, minlength=NUM_BANDS), 1)
         bands = np.maximum(10 * np.log10(sums + 1e-20), QUIETEST_DB)
     return Cues(
-        np.array([np.log(len(waveform) / sampling_rate)]), np.array([rms, peak]), np.log(np.maximum(roll_offs, 1.0)), bands
+        np.array([np.log(len(waveform) / sampling_rate)]),
+        np.array([rms, peak]),
+        np.log(np.maximum(roll_offs, 1.0)),
+        bands,
+        silent,
     )
 
 
@@ -156,7 +163,7 @@ def audit_shortcuts(split: Split, test: Evaluation, classifier: Classifier, seed
         predictions = _regress(train_values, labels[train_rows_], test_values)
         shortcuts.append({"cue": cue, "by": "logistic regression"} | score(predictions, test_rows))
     # The model itself, where nobody speaks.
-    silent = [(row, part) for row, part in zip(tested.rows, tested.silent, strict=True) if len(part)]
+    silent = [(row, cues.silent) for row, cues in zip(tested.rows, tested.cues, strict=True) if len(cues.silent)]
     if len({labels[row] for row, _ in silent}) >= 2:
         answers = classifier.classify([{"array": part, "sampling_rate": rate} for _, part in silent])
         predictions = np.array([int(answer.probabilities.argmax()) for answer in answers])
@@ -193,23 +200,20 @@ def _warn(entry: dict[str, Any], model_uar: float) -> str:
 
 @dataclass
 class _Measured:
-    """Cues of some clips: `rows` are those of the corpus table; `silent` the parts without speech, where they are kept."""
+    """Cues of some clips; `rows` are those of the corpus table."""
 
     rows: np.ndarray
     cues: list[Cues]
-    silent: list[np.ndarray]
 
     @classmethod
     def of(cls, clips: Dataset, rows: np.ndarray, sampling_rate: int, keep_silent: bool) -> "_Measured":
-        measured = cls(np.zeros(0, dtype=int), [], [])
-        used = []
+        used, measured = [], []
         for row, waveform in read_waveforms(clips, rows, sampling_rate):
+            cues = measure_cues(waveform, sampling_rate)
+            # What nobody listens to is not kept in memory.
+            measured.append(cues if keep_silent else replace(cues, silent=cues.silent[:0]))
             used.append(row)
-            measured.cues.append(measure_cues(waveform, sampling_rate))
-            if keep_silent:
-                measured.silent.append(cut_non_speech(waveform, sampling_rate))
-        measured.rows = np.array(used)
-        return measured
+        return cls(np.array(used), measured)
 
     def select(self, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows that have these cues, and the cues, (num_rows, num_values)."""
@@ -217,16 +221,6 @@ class _Measured:
         has_all = [i for i, parts in enumerate(values) if all(part is not None for part in parts)]
         matrix = np.array([np.concatenate(values[i]) for i in has_all]) if has_all else np.zeros((0, 1))
         return self.rows[has_all], matrix
-
-
-def read_waveforms(clips: Dataset, rows: Iterable[int], sampling_rate: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the rows of the corpus table whose recording can be used, and its samples, float32 (num_samples,)."""
-    audio = clips.select_columns(["audio"]).with_format(None)
-    for row in rows:
-        try:
-            yield int(row), decode(audio[int(row)]["audio"], sampling_rate)
-        except BadAudioError:
-            continue  # told of already, and left out of the splits
 
 
 def _regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.audio import SOUNDFILE_SUFFIXES, resample
+from speech_emotion.audio import SOUNDFILE_SUFFIXES, list_recordings, resample
 from speech_emotion.errors import UserError
 
 # Speeds are drawn in steps of 1 %, so that each needs its resampling kernel only once.
@@ -99,7 +99,7 @@ def build_augmentation(data: DataArguments) -> Augmentation:
     files: list[str] = []
     if data.augment_noise_dir is not None:
         folder = Path(data.augment_noise_dir).expanduser()
-        files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SOUNDFILE_SUFFIXES)
+        files = [str(path) for path in list_recordings(folder, SOUNDFILE_SUFFIXES)]
         if not files:
             raise UserError(f"key 'augment_noise_dir': {folder} holds no recordings ({' '.join(SOUNDFILE_SUFFIXES)}).")
     return Augmentation(

@@ -13,6 +13,7 @@ from speech_emotion.corpora import FACTS
 from speech_emotion.corpora.table import SPLITS, CorpusFacts
 from speech_emotion.errors import UserError
 from speech_emotion.html_report import TEMPLATES
+from speech_emotion.modeling import describe_trained
 from speech_emotion.report import TITLES
 
 LANGUAGES = {"de": "German", "en": "English", "pl": "Polish", "zh": "Mandarin", "fr": "French", "es": "Spanish", "it": "Italian"}
@@ -31,7 +32,6 @@ BACKBONES = {
     "wavlm": "S. Chen et al.: WavLM. arXiv 2110.13900.",
     "whisper": "A. Radford et al.: Robust Speech Recognition via Large-Scale Weak Supervision. arXiv 2212.04356.",
 }
-TRAINED_PARTS = {"none": "all weights", "feature_encoder": "all but the convolutions", "backbone": "the head"}
 TAGS = ["audio-classification", "speech-emotion-recognition", "emotion"]
 RESULT_FILES = ("test_results.json", "train_results.json", RECIPE_FILE, RUN_FILE, "config.json", "preprocessor_config.json")
 
@@ -218,8 +218,7 @@ def describe_training(recipe: dict[str, Any], train: dict[str, Any], run: dict[s
     batch = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * run["num_processes"]
     rows = [
         ("architecture", config["model_type"]),
-        ("trained", f"adapters of rank {recipe['lora_rank']} (LoRA), and the head" if recipe.get("lora_rank")
-         else TRAINED_PARTS[recipe["freeze"]]),
+        ("trained", describe_trained(recipe["freeze"], recipe.get("lora_rank"))),
         ("epochs", f"{train.get('epoch', recipe['num_train_epochs']):g}"),
         ("optimizer", f"{recipe['optim']}, learning rate {recipe['learning_rate']:g}, {recipe['lr_scheduler_type']}"),
         ("clips a step", str(batch)),

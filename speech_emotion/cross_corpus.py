@@ -20,7 +20,7 @@ from speech_emotion.arguments import Arguments, DataArguments, load_recipe
 from speech_emotion.corpora import load_corpus
 from speech_emotion.errors import UserError
 from speech_emotion.inference import Classifier
-from speech_emotion.metrics import Evaluation, summarize
+from speech_emotion.metrics import Evaluation, choose_clusters, score_uar, summarize
 
 
 @dataclass
@@ -110,13 +110,14 @@ def evaluate_on_others(others: list[OtherCorpus], classifier: Classifier) -> tup
         logits = np.log(np.maximum(np.stack([answers[i].probabilities for i in usable]), np.finfo(np.float32).tiny))
         evaluation = Evaluation(usable, other.labels[usable], logits, classifier.label_names)
         present = np.isin(np.arange(logits.shape[1]), other.labels[usable])
-        shared = Evaluation(usable, other.labels[usable], np.where(present, logits, -np.inf), classifier.label_names)
         summary = summarize(evaluation, other.clips, "x")
-        within = summarize(shared, other.clips, "x")
+        chosen = np.where(present, logits, -np.inf).argmax(axis=1)
+        clusters = choose_clusters(other.clips.select(usable))[1]
+        within = score_uar(evaluation.references, chosen, clusters, logits.shape[1])
         results.append(
             {"corpus": other.name}
             | {key.removeprefix("x_"): value for key, value in summary.items()}
-            | {"uar_shared": within["x_uar"], "uar_shared_ci95": within["x_uar_ci95"], "chance": 1 / int(present.sum()),
+            | {"uar_shared": within["uar"], "uar_shared_ci95": within["uar_ci95"], "chance": 1 / int(present.sum()),
                "mapped": other.mapped, "unmapped": other.unmapped, "num_unusable": len(answers) - len(usable)}
         )  # fmt: skip
         evaluations.append(evaluation)

@@ -18,7 +18,7 @@ from speech_emotion.splits import Split
 
 @dataclass
 class Findings:
-    """What `examine` found; what the recipe did not ask for is None or empty."""
+    """What `describe_failures` and `examine` found; what the recipe did not ask for is None or empty."""
 
     groups: list[dict[str, Any]]
     confused_pairs: list[dict[str, Any]]
@@ -35,11 +35,18 @@ def describe_failures(split: Split, test: Evaluation) -> Findings:
 
 
 def examine(
-    arguments: Arguments, split: Split, extraction: Extraction, test: Evaluation, others: list[OtherCorpus], folder: Path
-) -> Findings:
-    """Examines the model saved in a run's output folder, on one process.
+    findings: Findings,
+    arguments: Arguments,
+    split: Split,
+    extraction: Extraction,
+    test: Evaluation,
+    others: list[OtherCorpus],
+    folder: Path,
+) -> None:
+    """Examines the model saved in a run's output folder, on one process, and adds to the findings what it finds.
 
     Args:
+        findings: of `describe_failures`; what was added before an error stays.
         arguments: `audit`, `robustness`, device and precision.
         split: clips with their splits.
         extraction: of the run.
@@ -47,15 +54,12 @@ def examine(
         others: corpora to try it on.
         folder: with the saved model: what is examined is what is published.
     """
-    findings = describe_failures(split, test)
     training = arguments.training
     if not (training.audit or training.robustness or others):
-        return findings
+        return
     classifier = Classifier(load_trained(str(folder)), extraction, training.device, bool(training.bf16))
-    seed = training.seed
     if training.audit:
-        findings.audit = audit_shortcuts(split, test, classifier, seed)
+        findings.audit = audit_shortcuts(split, test, classifier, training.seed)
     if training.robustness:
-        findings.robustness = measure_robustness(test, split.clips, classifier, seed)
+        findings.robustness = measure_robustness(test, split.clips, classifier, training.seed)
     findings.cross_corpus, findings.other_evaluations = evaluate_on_others(others, classifier)
-    return findings

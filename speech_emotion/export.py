@@ -24,20 +24,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from speech_emotion.arguments import RECIPE_FILE, parse_arguments
-from speech_emotion.audit import read_waveforms
+from speech_emotion.arguments import RECIPE_FILE, ModelArguments, parse_arguments
 from speech_emotion.corpora import load_corpus
+from speech_emotion.corpora.table import read_waveforms
 from speech_emotion.errors import UserError, run_as_command
-from speech_emotion.features import Extraction
-from speech_emotion.inference import load_classifier
+from speech_emotion.features import Extraction, build_extraction
 from speech_emotion.metrics import softmax
-from speech_emotion.modeling import FIXED_WINDOW_TYPES, load_trained
+from speech_emotion.modeling import FIXED_WINDOW_TYPES, find_window_seconds, load_feature_extractor, load_trained
 from speech_emotion.report import write_json
 from speech_emotion.splits import split_corpus
+from speech_emotion.startup import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +118,12 @@ def _quiet() -> Any:
         warnings.simplefilter("ignore")
         try:
             for name in levels:
-                logging.getLogger(name if name != "root" else None).setLevel(logging.ERROR)
+                logging.getLogger(name).setLevel(logging.ERROR)
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 yield
         finally:
             for name, level in levels.items():
-                logging.getLogger(name if name != "root" else None).setLevel(level)
+                logging.getLogger(name).setLevel(level)
 
 
 def load_exported(path: Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -186,8 +185,7 @@ def load_test_windows(folder: Path, extraction: Extraction) -> tuple[list[np.nda
     """Returns features of the run's test clips, or of noise where its corpus is not here, and in words which."""
     try:
         arguments = parse_arguments([str(folder / RECIPE_FILE)])
-        data, seed = arguments.data, arguments.training.seed
-        split = split_corpus(load_corpus(arguments), data, seed if data.split_seed is None else data.split_seed)
+        split = split_corpus(load_corpus(arguments), arguments.data, arguments.split_seed)
         rows = split.indices("test")[:MAX_CLIPS]
         found = [waveform for _, waveform in read_waveforms(split.clips, rows, extraction.sampling_rate)]
         if found:
@@ -220,14 +218,11 @@ def export(folder: Path, format_: str, quantize: str | None, output: Path) -> di
         raise UserError("--quantize int8 is for --format onnx.")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no model. Name the output folder of a finished run.")
-    window = None
-    if (folder / RECIPE_FILE).is_file():
-        window = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8")).get("max_length_seconds")
-    classifier = load_classifier(folder, "cpu")
-    if classifier.extraction.window_samples is None and window:
-        classifier = load_classifier(folder, "cpu", max_length_seconds=window)
-    extraction = classifier.extraction
-    model = load_trained(str(folder)).eval()  # a single clip needs no padding, and so nothing that inference puts before it
+    model = load_trained(str(folder)).eval()
+    feature_extractor = load_feature_extractor(ModelArguments(model_name_or_path=str(folder)))
+    recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8")) if (folder / RECIPE_FILE).is_file() else {}
+    window_seconds = find_window_seconds(model, feature_extractor) or recipe.get("max_length_seconds")
+    extraction = build_extraction(model, feature_extractor, window_seconds)
     windows, compared_on = load_test_windows(folder, extraction)
     output.mkdir(parents=True, exist_ok=True)
     path = output / FORMATS[format_]
@@ -246,7 +241,7 @@ def export(folder: Path, format_: str, quantize: str | None, output: Path) -> di
     result = {
         "files": {name: vars(comparison) for name, comparison in files.items()},
         "compared_on": compared_on,
-        "labels": classifier.label_names,
+        "labels": [model.config.id2label[i] for i in range(model.config.num_labels)],
         "sampling_rate": extraction.sampling_rate,
         "input_name": "features" if format_ == "onnx" else None,
         "window_samples": extraction.window_samples,
@@ -289,8 +284,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("speech_emotion").setLevel(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     output = arguments.output or arguments.output_dir / arguments.format
     result = export(arguments.output_dir, arguments.format, arguments.quantize, output)
     print(format_export(result, output))

@@ -16,8 +16,7 @@ import soundfile
 from datasets import Dataset
 
 from speech_emotion.analysis import MAX_GROUPS_SHOWN
-from speech_emotion.audit import read_waveforms
-from speech_emotion.corpora.table import SPLITS
+from speech_emotion.corpora.table import SPLITS, read_waveforms
 from speech_emotion.report import TITLES
 from speech_emotion.splits import Split
 

@@ -6,6 +6,7 @@ PEFT-SER, arXiv 2306.05350. What is trained are a few per cent of the weights. A
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -51,19 +52,20 @@ def add_adapters(model: PreTrainedModel, arguments: ModelArguments) -> None:
         from peft import inject_adapter_in_model
     except ImportError as error:
         raise UserError("key 'lora_rank': needs peft: pip install -r requirements.txt.") from error
-    inject_adapter_in_model(_build_config(model, arguments), model, adapter_name=ADAPTER_NAME)
+    inject_adapter_in_model(_build_config(arguments, find_targets(model)), model, adapter_name=ADAPTER_NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(HEAD_PREFIXES) or ".lora_" in name)
 
 
-def _build_config(model: PreTrainedModel, arguments: ModelArguments) -> "LoraConfig":  # noqa: F821
+def _build_config(arguments: ModelArguments, targets: list[str], **others: Any) -> "LoraConfig":  # noqa: F821
     from peft import LoraConfig
 
     return LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha or ALPHA_PER_RANK * arguments.lora_rank,
         lora_dropout=arguments.lora_dropout,
-        target_modules=find_targets(model),
+        target_modules=targets,
+        **others,
     )
 
 
@@ -83,8 +85,6 @@ def merge_adapters(model: PreTrainedModel, arguments: ModelArguments, folder: Pa
     heads = sorted({name.split(".")[0] for name, _ in model.named_parameters() if name.startswith(HEAD_PREFIXES)})
     wrapped = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if is_main_process:
-        from peft import LoraConfig
-
         target = folder / ADAPTER_FOLDER
         target.mkdir(exist_ok=True)
         state = {
@@ -93,11 +93,9 @@ def merge_adapters(model: PreTrainedModel, arguments: ModelArguments, folder: Pa
             if ".lora_" in name or name.startswith(HEAD_PREFIXES)
         }
         save_file(state, target / "adapter_model.safetensors")
-        config = LoraConfig(
-            r=arguments.lora_rank,
-            lora_alpha=arguments.lora_alpha or ALPHA_PER_RANK * arguments.lora_rank,
-            lora_dropout=arguments.lora_dropout,
-            target_modules=list(wrapped),
+        config = _build_config(
+            arguments,
+            list(wrapped),
             modules_to_save=[name for name in heads if isinstance(getattr(model, name), nn.Module)],
             base_model_name_or_path=arguments.model_name_or_path,
             inference_mode=True,

@@ -34,6 +34,7 @@ FIXED_WINDOW_TYPES = (WHISPER, AST)
 # Parameters of the classification heads, whatever the architecture; all others belong to the backbone.
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_NAME = "default"
+TRAINED_PARTS = {"none": "all weights", "feature_encoder": "all but the convolutions", "backbone": "the head"}
 HEAD_PREFIXES = ("projector.", "classifier.", "layer_weights")
 # Learnt only where SpecAugment is on, and absent from many checkpoints.
 OPTIONAL_WEIGHTS = ("masked_spec_embed",)
@@ -339,6 +340,11 @@ def keep_layers(model: PreTrainedModel, num_layers: int) -> None:
     model.config.num_hidden_layers = num_layers
     if model.config.model_type == WHISPER:
         model.config.encoder_layers = num_layers
+
+
+def describe_trained(freeze: str, lora_rank: int | None) -> str:
+    """Returns which weights are trained, in words."""
+    return f"adapters of rank {lora_rank} (LoRA), and the head" if lora_rank else TRAINED_PARTS[freeze]
 
 
 def divide_logits(model: PreTrainedModel, divisor: float) -> None:

@@ -1,6 +1,5 @@
 """What a run leaves behind: the calibrated model, results, findings, figures and the report, told to trackers and the Hub."""
 
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -10,11 +9,9 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from speech_emotion.analysis import find_confused_pairs
 from speech_emotion.arguments import (
     RUN_FILE,
     Arguments,
-    ModelArguments,
     SpeechTrainingArguments,
     resolve_recipe,
     strip_local_paths,
@@ -34,8 +31,8 @@ from speech_emotion.html_report import (
     dump,
     render,
 )
-from speech_emotion.metrics import Evaluation, fit_temperature, summarize
-from speech_emotion.modeling import divide_logits
+from speech_emotion.metrics import Evaluation, compute_ece, compute_reliability, fit_temperature, softmax, summarize
+from speech_emotion.modeling import describe_trained, divide_logits
 from speech_emotion.publishing import publish_or_explain
 from speech_emotion.report import (
     REPORT_FILE,
@@ -91,18 +88,19 @@ def finish_run(
     if layer_scores is not None:
         train_results = train_results | {"layer": layer_scores.chosen, "layer_uar": layer_scores.uar.tolist()}
     if temperature is not None:
-        before = dataclasses.replace(test, logits=test.logits * temperature)
-        test_results |= {"temperature": temperature, "test_ece_before": summarize(before, split.clips, "test")["test_ece"]}
+        before = compute_reliability(softmax(test.logits * temperature), test.references)
+        test_results |= {"temperature": temperature, "test_ece_before": compute_ece(before)}
     all_results = train_results | eval_results | test_results
     if arguments.training.process_index == 0:
         # The results first: whatever becomes of the rest, they are there.
         write_predictions(test, split.clips, folder / "predictions.csv")
         history = write_history(log_history, folder / "history.csv")
-        test_results["test_confused_pairs"] = find_confused_pairs(test)
+        findings = describe_failures(split, test)
+        test_results["test_confused_pairs"] = findings.confused_pairs
         for name, results in (("train", train_results), ("eval", eval_results), ("test", test_results)):
             write_json(folder / f"{name}_results.json", results)
         all_results = train_results | eval_results | test_results
-        findings = _examine(arguments, split, extraction, test, others or [], folder)
+        _examine(findings, arguments, split, extraction, test, others or [], folder)
         figures = write_findings(findings, others or [], folder, arguments.training.report)
         if arguments.training.report:
             figures += [*draw_results(test_results, "test", folder), draw_history(history, folder / "training_curves.png")]
@@ -118,17 +116,13 @@ def finish_run(
     return all_results
 
 
-def _examine(
-    arguments: Arguments, split: Split, extraction: Extraction, test: Evaluation, others: list[OtherCorpus], folder: Path
-) -> Findings:
-    training = arguments.training
-    if training.audit or training.robustness or others:
+def _examine(findings: Findings, arguments: Arguments, *what: Any) -> None:
+    if arguments.training.audit or arguments.training.robustness or arguments.data.test_on:
         logger.info("Examining the model: shortcuts, worse recordings, other corpora, as far as the recipe asks for them.")
     try:
-        return examine(arguments, split, extraction, test, others, folder)
+        examine(findings, arguments, *what)
     except torch.OutOfMemoryError:
-        logger.warning("Too little memory to examine the model: neither audit nor robustness, nor other corpora.")
-        return describe_failures(split, test)
+        logger.warning("Too little memory to examine the model: part of audit, robustness and other corpora is missing.")
 
 
 def format_outcome(test_results: dict[str, Any], split: Split, findings: Findings, folder: Path, has_report: bool) -> str:
@@ -182,13 +176,6 @@ def describe_model(arguments: Arguments) -> str:
     return strip_local_paths({"name": name})["name"]
 
 
-def describe_trained(model: ModelArguments) -> str:
-    """Returns which weights are trained, in words."""
-    if model.lora_rank is not None:
-        return f"adapters of rank {model.lora_rank}, and the head"
-    return {"none": "all weights", "feature_encoder": "all but the convolutions", "backbone": "the head"}[model.freeze]
-
-
 def write_report(
     arguments: Arguments,
     split: Split,
@@ -226,7 +213,7 @@ def write_report(
         "groups": describe_groups(findings.groups),
         "training_rows": [
             ("Model", describe_model(arguments)),
-            ("Trained", describe_trained(arguments.model)),
+            ("Trained", describe_trained(arguments.model.freeze, arguments.model.lora_rank)),
             ("Epochs", f"{results['epoch']:g} of {training.num_train_epochs:g}"),
             ("Time", f"{results['train_runtime']:.0f} s on {training.world_size} x {environment['device']}"),
             ("Optimizer", f"{training.optim}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}"),

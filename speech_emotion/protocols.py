@@ -39,7 +39,7 @@ from speech_emotion.html_report import build_chart, describe_groups, describe_re
 from speech_emotion.metrics import SCORES, Evaluation, summarize
 from speech_emotion.outcome import describe_model
 from speech_emotion.report import REPORT_FILE, TITLES, draw_lines, draw_results, format_results, write_json, write_text
-from speech_emotion.session import HARMLESS_KEYS, set_up_logging
+from speech_emotion.session import describe_changes, set_up_logging
 from speech_emotion.splits import NUM_DRAWS, choose_split_by
 
 logger = logging.getLogger(__name__)
@@ -98,10 +98,10 @@ def plan_runs(arguments: Arguments, corpus: Dataset | DatasetDict) -> list[Plann
     data, training = arguments.data, arguments.training
     axes: list[list[PlannedRun]] = []
     if data.cross_validation:
-        axes.append(plan_folds(corpus, data.cross_validation, data.split_by, _split_seed(arguments)))
+        axes.append(plan_folds(corpus, data.cross_validation, data.split_by, arguments.split_seed))
     if training.seeds:
         # The split stays: what varies is the training.
-        axes.append([PlannedRun(f"seed_{seed}", {"seed": seed, "split_seed": _split_seed(arguments)}, {"seed": seed})
+        axes.append([PlannedRun(f"seed_{seed}", {"seed": seed, "split_seed": arguments.split_seed}, {"seed": seed})
                      for seed in training.seeds])  # fmt: skip
     if data.train_fractions:
         axes.append([PlannedRun(f"fraction_{share:g}", {"train_fraction": share}, {"train_fraction": share})
@@ -114,10 +114,6 @@ def plan_runs(arguments: Arguments, corpus: Dataset | DatasetDict) -> list[Plann
             place |= part.place
         runs.append(PlannedRun("_".join(part.name for part in parts), changes, place))
     return runs
-
-
-def _split_seed(arguments: Arguments) -> int:
-    return arguments.training.seed if arguments.data.split_seed is None else arguments.data.split_seed
 
 
 def plan_folds(corpus: Dataset | DatasetDict, protocol: str, split_by: list[str] | None, seed: int) -> list[PlannedRun]:
@@ -201,15 +197,12 @@ def _run_once(
         changes["resume_from_checkpoint"] = "last"
     derived = derive_arguments(arguments, changes)
     if done.is_file() and not arguments.training.overwrite_output_dir:
-        before, now = json.loads((own / RECIPE_FILE).read_text(encoding="utf-8")), resolve_recipe(derived)
-        changed = sorted(key for key in before.keys() | now.keys()
-                         if key not in HARMLESS_KEYS and before.get(key) != now.get(key))  # fmt: skip
-        if changed:
+        changes = describe_changes(own / RECIPE_FILE, resolve_recipe(derived))
+        if changes:
             raise UserError(
-                f"{own} holds a run of another recipe: "
-                + "; ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)
-                + ". Choose another --output_dir, or start over with --overwrite_output_dir."
-            )  # fmt: skip
+                f"{own} holds a run of another recipe: {changes}. Choose another --output_dir, or start over with "
+                "--overwrite_output_dir."
+            )
         logger.info("It is done already.")
         return json.loads(done.read_text(encoding="utf-8"))
     return train(derived)

@@ -145,10 +145,7 @@ class Publisher:
             UserError: the Hub refuses, or cannot be reached in five attempts.
         """
         self.open()
-        model_files = [name for name in files if name.endswith((".safetensors", ".json", ".md"))]
-        logger.info(
-            f"Publishing {len(files)} files ({len(model_files)} of model and card) to {self.api.endpoint}/{self.repo_id}."
-        )
+        logger.info(f"Publishing {len(files)} files to {self.api.endpoint}/{self.repo_id}.")
 
         def commit() -> str:
             operations = [CommitOperationAdd(name, str(c) if isinstance(c, Path) else c) for name, c in files.items()]

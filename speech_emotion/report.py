@@ -41,8 +41,9 @@ def write_predictions(evaluation: Evaluation, clips: Dataset, path: Path) -> Non
             "prediction": names[evaluation.predictions],
         }
     )
+    probabilities = evaluation.probabilities
     for index, name in enumerate(names):
-        frame[f"probability_{name}"] = evaluation.probabilities[:, index].round(6)
+        frame[f"probability_{name}"] = probabilities[:, index].round(6)
     frame["loss"] = evaluation.losses.round(6)
     table = clips.select(evaluation.clips)
     for column in GROUP_COLUMNS:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from speech_emotion.audit import read_waveforms
 from speech_emotion.augmentation import add_noise, change_gain, draw_noise, pass_telephone
+from speech_emotion.corpora.table import read_waveforms
 from speech_emotion.inference import Classifier
 from speech_emotion.metrics import Evaluation, choose_clusters, score_uar
 

@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -34,6 +33,7 @@ from speech_emotion.publishing import Publisher, open_hub
 from speech_emotion.report import (
     write_json,
 )
+from speech_emotion.startup import quiet_transformers
 from speech_emotion.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -88,10 +88,9 @@ def set_up_logging(arguments: Arguments) -> None:
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stdout, force=True)
     for name in ("speech_emotion", "run_classification", "run_classification_no_trainer"):
         logging.getLogger(name).setLevel(level)
-    transformers.utils.logging.set_verbosity_error()
+    quiet_transformers()
     datasets.utils.logging.set_verbosity_error()
     # Bars over loading weights or flattening indices flicker by; those over work that takes long are switched on there.
-    transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets|comet_ml)\b")
 
@@ -165,7 +164,10 @@ def find_checkpoint(arguments: Arguments) -> str | None:
         return None
     if not (Path(checkpoint) / CHECKPOINT_STATE).is_file():
         raise UserError(f"key 'resume_from_checkpoint': {checkpoint} is not a checkpoint. Use 'last', or a folder checkpoint-N.")
-    _check_same_recipe(Path(checkpoint).parent / RECIPE_FILE, resolve_recipe(arguments))
+    written = Path(checkpoint).parent / RECIPE_FILE
+    changes = describe_changes(written, resolve_recipe(arguments))
+    if changes:
+        raise UserError(f"the checkpoint's run had another recipe: {changes}. Resume with {written}, or start a new run.")
     return checkpoint
 
 
@@ -175,16 +177,15 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
-def _check_same_recipe(path: Path, recipe: dict[str, Any]) -> None:
+def describe_changes(path: Path, recipe: dict[str, Any]) -> str:
+    """Returns how a recipe differs from the one that an earlier run wrote, in what matters; empty if in nothing."""
     if not path.is_file():
-        return
+        return ""
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(
         key for key in before.keys() | recipe.keys() if key not in HARMLESS_KEYS and before.get(key) != recipe.get(key)
     )
-    if changed:
-        differences = "; ".join(f"{key} was {before.get(key)} and is {recipe.get(key)}" for key in changed)
-        raise UserError(f"the checkpoint's run had another recipe: {differences}. Resume with {path}, or start a new run.")
+    return "; ".join(f"{key} was {before.get(key)} and is {recipe.get(key)}" for key in changed)
 
 
 def describe_run(arguments: Arguments, prepared: PreparedSplits, model: PreTrainedModel, num_padded: float) -> str:

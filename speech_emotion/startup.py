@@ -25,9 +25,17 @@ def answer_at_once(with_loop: bool = False) -> None:
         hide(COMET)
 
 
-def hide(package: str) -> None:
-    """Makes a package look as if it were not installed, to whoever asks from now on."""
-    sys.modules[package] = None
+def hide(*packages: str) -> None:
+    """Makes packages look as if they were not installed, to whoever asks from now on."""
+    sys.modules.update(dict.fromkeys(packages))
+
+
+def quiet_transformers() -> None:
+    """Switches off what transformers says and draws of its own while it loads a model."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _read_words(argv: list[str]) -> str:

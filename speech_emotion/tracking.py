@@ -204,9 +204,8 @@ class Tracker:
         for entry in findings.audit["shortcuts"] if findings.audit else []:
             scalars[f"audit/{entry['cue']}, {entry['by']}"] = entry["uar"]
         self._guard(lambda: self.experiment.log_metrics(scalars))
-        with_audio = self.with_audio
-        self._guard(lambda: self._log_confusion_matrix(evaluation, clips, with_audio))
-        if with_audio:
+        self._guard(lambda: self._log_confusion_matrix(evaluation, clips))
+        if self.with_audio:
             for entry in findings.worst_clips:
                 self._guard(lambda entry=entry: self._log_clip(entry, clips))
         for path in figures:
@@ -215,7 +214,7 @@ class Tracker:
             if (self.output_dir / name).is_file():
                 self._guard(lambda name=name: self.experiment.log_asset(str(self.output_dir / name), file_name=name))
 
-    def _log_confusion_matrix(self, evaluation: Evaluation, clips: Dataset, with_audio: bool) -> None:
+    def _log_confusion_matrix(self, evaluation: Evaluation, clips: Dataset) -> None:
         names = clip_names(clips)
 
         def log_example(index: int) -> dict[str, str]:
@@ -232,7 +231,7 @@ class Tracker:
             labels=evaluation.label_names,
             title="Test",
             max_examples_per_cell=CLIPS_PER_CELL,
-            index_to_example_function=log_example if with_audio else lambda index: names[int(evaluation.clips[index])],
+            index_to_example_function=log_example if self.with_audio else lambda index: names[int(evaluation.clips[index])],
         )
 
     def _log_clip(self, entry: dict[str, Any], clips: Dataset) -> None:

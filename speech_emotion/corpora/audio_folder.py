@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 
 from speech_emotion.arguments import DataArguments
-from speech_emotion.audio import AUDIO_SUFFIXES
+from speech_emotion.audio import AUDIO_SUFFIXES, list_recordings
 from speech_emotion.corpora.table import (
     SPLIT_SPELLINGS,
     Clip,
@@ -39,9 +39,7 @@ def load(data: DataArguments, cache_dir: str | None = None) -> Dataset | Dataset
     clips: list[Clip] = []
     outside, unmatched = [], []
     for split_root, split in roots.items():
-        for path in sorted(split_root.rglob("*")):
-            if path.suffix.lower() not in AUDIO_SUFFIXES or not path.is_file() or path.name.startswith("."):
-                continue
+        for path in list_recordings(split_root):
             name = path.relative_to(root).as_posix()
             inside = path.relative_to(split_root).parts
             if len(inside) < 2:

@@ -11,7 +11,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 
-from speech_emotion.audio import AUDIO_SUFFIXES, read_duration
+from speech_emotion.audio import BadAudioError, decode, list_recordings, read_duration
 from speech_emotion.errors import UserError, list_offenders
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def find_named_recordings(
     Raises:
         UserError: none has such a name.
     """
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith("."))
+    paths = list_recordings(root)
     names = [path.relative_to(root).as_posix() for path in paths]
     matches = [re.search(rf"(?:^|/){pattern.pattern}$", name, pattern.flags) for name in names]
     found = sum(match is not None for match in matches)
@@ -222,3 +222,13 @@ def find_named_recordings(
     if num_published is not None and found < num_published:
         logger.warning(f"{root}: {found} of the {num_published:,} recordings that {corpus} has.")
     yield from ((path, match) for path, match in zip(paths, matches, strict=True) if match is not None)
+
+
+def read_waveforms(clips: Dataset, rows: Iterable[int], sampling_rate: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the rows of the corpus table whose recording can be used, and its samples, float32 (num_samples,)."""
+    audio = clips.select_columns(["audio"]).with_format(None)
+    for row in rows:
+        try:
+            yield int(row), decode(audio[int(row)]["audio"], sampling_rate)
+        except BadAudioError:
+            continue  # told of already, and left out of the splits
