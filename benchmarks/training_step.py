@@ -30,6 +30,7 @@ from benchmarks.measuring import (
 from speech_emotion.arguments import has_fast_bfloat16
 from speech_emotion.batching import LengthBucketSampler, padding_share
 from speech_emotion.dropout import use_cpu_dropout
+from speech_emotion.memory import keep_freed_memory
 from speech_emotion.modeling import compile_layers, start_behind_convolutions
 
 BATCH = 8
@@ -65,8 +66,10 @@ def build(
     model.freeze_feature_encoder()
     if ours:
         start_behind_convolutions(model)
-        if device == "cpu" and dropout:
-            use_cpu_dropout(model)
+        if device == "cpu":
+            keep_freed_memory()
+            if dropout:
+                use_cpu_dropout(model)
     model.to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)

@@ -28,6 +28,7 @@ from speech_emotion.corpora.table import SPLITS
 from speech_emotion.dropout import use_cpu_dropout
 from speech_emotion.errors import UserError
 from speech_emotion.features import PreparedSplits
+from speech_emotion.memory import keep_freed_memory
 from speech_emotion.modeling import FIXED_WINDOW_TYPES, compile_layers, count_parameters, decide_masks_without_asking
 from speech_emotion.publishing import Publisher, open_hub
 from speech_emotion.report import (
@@ -108,8 +109,13 @@ def use_all_cores(arguments: Arguments) -> None:
 
 
 def prepare_for_speed(model: PreTrainedModel, training: SpeechTrainingArguments) -> None:
-    """Compiles the layers if that is asked for; else gives a model that is trained on the CPU its quicker dropout."""
+    """Compiles the layers if that is asked for; else gives a model that is trained on the CPU its quicker dropout.
+
+    A process that trains on the CPU keeps its memory from step to step.
+    """
     decide_masks_without_asking()
+    if training.device.type == "cpu":
+        keep_freed_memory()
     if training.torch_compile:
         compile_layers(model, training.torch_compile_backend, training.torch_compile_mode)
         training.torch_compile_backend = training.torch_compile_mode = None  # else Trainer would compile it all again
