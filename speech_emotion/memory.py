@@ -5,7 +5,7 @@ import platform
 
 # Parameters of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-NEVER = 2**31 - 1  # bytes at the end of the heap that are given back: the largest int
+NEVER = -1  # as a threshold, of free bytes at the heap's end that are given back
 
 
 def keep_freed_memory() -> None:
@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
 
     By itself glibc gives large blocks back to the system as soon as they are freed. Each step on the CPU then asks for all its
     activations and gradients anew, and the system clears them page by page: up to 80,000 page faults a step of wav2vec2-base
-    on 8 clips of 4 s, a tenth to a third of its time. Peak memory stays as it is. Where the C library is another (macOS, Windows,
+    on 8 clips of 4 s, up to a quarter of its time. Peak memory stays as it is. Where the C library is another (macOS, Windows,
     musl), nothing changes.
 
     Source: mallopt(3).
