@@ -35,9 +35,12 @@ def main(argv=None):
     from tqdm.auto import tqdm
 
     from speech_emotion.inference import load_classifier
+    from speech_emotion.memory import keep_freed_memory
 
     quiet_transformers()
     classifier = load_classifier(arguments.model, arguments.device, arguments.max_length_seconds, arguments.bf16)
+    if classifier.device.type == "cpu":
+        keep_freed_memory()
     answer_all = answer_with_timelines if arguments.timeline else answer_with_labels
     failed = []
     with open_output(arguments.output, classifier.label_names, arguments.timeline) as write:

@@ -41,7 +41,7 @@ STEPS = 3
 # A step's profile: what torch calls belong to which stage; the rest is "other".
 STAGES = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "flash_attention"),
-    "dropout": ("bernoulli", "random_", "::ge", "native_dropout"),
+    "dropout": ("_Drop", "addcmul"),
     "casts and copies": ("copy_", "_to_copy", "cat"),
     "norms, softmax and GELU": ("layer_norm", "group_norm", "softmax", "gelu"),
     "optimizer and clipping": ("adam", "linalg_vector_norm", "foreach", "clamp"),
@@ -277,8 +277,10 @@ def measure(quick: bool = False) -> list[Row]:
     rows.append(measure_steps(folder, 1 if quick else 2, 1 if quick else 4))
     rows += measure_waiting(quick)
     fast = has_fast_bfloat16(use_cpu=True)
-    for bf16 in ((True,) if quick else (True, False)) if fast else (False,):
-        rows.append(measure_rate(folder, bf16, rounds, BATCH if quick or not bf16 else 2 * BATCH))
+    if fast:
+        rows += [measure_rate(folder, True, rounds, batch_size) for batch_size in ((2 * BATCH,) if quick else (BATCH, 2 * BATCH))]
+    if not (fast and quick):
+        rows.append(measure_rate(folder, False, rounds, BATCH))
     if not quick:
         rows += [measure_dropout(folder, rounds), measure_compiled(folder, rounds)]
     return rows

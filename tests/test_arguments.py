@@ -132,9 +132,9 @@ def test_modules_import_only_what_stands_before_them():
     """Imports go one way, no module names Trainer, and nothing imports a script."""
     order = [
         "startup", "errors", "arguments", "audio", "corpora", "augmentation", "modeling", "lora", "dropout", "memory", "splits",
-        "features", "batching", "optimization", "trainer_parts", "metrics", "frozen", "inference", "analysis", "audit", "robustness",
-        "cross_corpus", "examination", "report", "html_report", "card", "publishing", "tracking", "session", "outcome",
-        "protocols", "compare", "export", "search",
+        "features", "batching", "optimization", "trainer_parts", "metrics", "frozen", "inference", "analysis", "audit",
+        "robustness", "cross_corpus", "examination", "report", "html_report", "card", "publishing", "tracking", "session",
+        "outcome", "protocols", "compare", "export", "search",
     ]  # fmt: skip
     files = [path for path in (ROOT / "speech_emotion").rglob("*.py") if path.stem != "__init__"]
     assert len(files) > 12

@@ -13,10 +13,10 @@ from speech_emotion.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
-for step in range(6):
+for step in range(12):
     if step == 2:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    activations = [torch.zeros(2**22) for _ in range(8)]  # 16 MiB each
+    activations = [torch.ones(10 * 2**20) for _ in range(8)]  # 40 MiB each, more than glibc ever keeps by itself
     del activations
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -27,7 +27,5 @@ def count_page_faults(word: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
-def test_freed_memory_serves_the_next_step_without_page_faults():
-    num_bytes = 4 * 8 * 4 * 2**22
-    largest_page = 2**21  # a transparent huge page
-    assert count_page_faults("keep") < num_bytes / largest_page <= count_page_faults("give back")
+def test_freed_memory_serves_the_next_step():
+    assert count_page_faults("keep") < count_page_faults("give back") / 4
