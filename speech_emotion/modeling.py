@@ -1,5 +1,6 @@
 """Any audio-classification architecture of transformers: load it, cut its window, freeze parts of it."""
 
+import difflib
 import json
 import logging
 import math
@@ -81,7 +82,7 @@ def load_feature_extractor(model: ModelArguments) -> SequenceFeatureExtractor:
         return AutoFeatureExtractor.from_pretrained(name, cache_dir=model.cache_dir, revision=model.model_revision)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"key 'feature_extractor_name': {name} has no feature extractor that can be loaded. {_first_line(error)}"
+            f"key 'feature_extractor_name': {name} has no feature extractor that can be loaded. {_explain(error, name)}"
         ) from error
 
 
@@ -103,7 +104,7 @@ def load_config(model: ModelArguments, label_names: list[str]) -> PretrainedConf
         )
     except (OSError, ValueError) as error:
         key = "config_name" if model.config_name else "model_name_or_path"
-        raise UserError(f"key '{key}': {name} cannot be loaded. {_first_line(error)}") from error
+        raise UserError(f"key '{key}': {name} cannot be loaded. {_explain(error, name)}") from error
     if config.model_type not in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES:
         raise UserError(
             f"key 'model_name_or_path': {name} is a {config.model_type}, which has no audio-classification head. Those "
@@ -156,7 +157,9 @@ def load_model(model: ModelArguments, config: PretrainedConfig) -> PreTrainedMod
             **kwargs,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"key 'model_name_or_path': {model.model_name_or_path} cannot be loaded. {_first_line(error)}") from error
+        raise UserError(
+            f"key 'model_name_or_path': {model.model_name_or_path} cannot be loaded. {_explain(error, model.model_name_or_path)}"
+        ) from error
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     absent = sorted(key for key in absent if not key.startswith(HEAD_PREFIXES) and not key.endswith(OPTIONAL_WEIGHTS))
     if absent:
@@ -200,7 +203,7 @@ def load_trained(name: str) -> PreTrainedModel:
     try:
         model, info = AutoModelForAudioClassification.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no audio-classification model can be loaded from there. {_first_line(error)}") from error
+        raise UserError(f"{name}: no audio-classification model can be loaded from there. {_explain(error, name)}") from error
     absent = sorted(key for key in info["missing_keys"] if not key.endswith(OPTIONAL_WEIGHTS))
     if absent:
         raise UserError(
@@ -439,5 +442,12 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     return int(sizes[:, 0].sum()), int(sizes[:, 1].sum())
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _explain(error: Exception, name: str) -> str:
+    """Returns the error's first line and, for what may be a misspelt folder, the nearest one that there is."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    folder = Path(name)
+    if folder.exists() or not folder.parent.is_dir():
+        return first
+    known = [str(path) for path in folder.parent.iterdir() if path.is_dir()]
+    near = difflib.get_close_matches(str(folder), known, n=1)
+    return f"{first} Did you mean the folder {near[0]}?" if near else first

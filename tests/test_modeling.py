@@ -18,6 +18,7 @@ from speech_emotion.modeling import (
     freeze,
     load_config,
     load_model,
+    load_trained,
     min_num_samples,
     wants_attention_mask,
 )
@@ -195,3 +196,11 @@ def test_unknown_models_and_overrides_are_named(tmp_path):
         load_config(ModelArguments(config_name=str(tmp_path), config_overrides="hidden_dropuot=0"), NAMES)
     config = load_config(ModelArguments(config_name=str(tmp_path), config_overrides="hidden_dropout=0.3, layerdrop=0"), NAMES)
     assert (config.hidden_dropout, config.layerdrop) == (0.3, 0)
+
+
+def test_a_misspelt_folder_is_told_the_nearest_one(tmp_path):
+    save_tiny("wav2vec2", tmp_path / "demo")
+    with pytest.raises(UserError, match=r"dmeo cannot be loaded\. .*Did you mean the folder .*demo\?"):
+        load_config(ModelArguments(model_name_or_path=str(tmp_path / "dmeo")), NAMES)
+    with pytest.raises(UserError, match=r"Did you mean the folder .*demo\?"):
+        load_trained(str(tmp_path / "dmeo"))
